@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tables of result rows, and the one comparison that spans two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from .rows import Row
+
+PROVIDERS = ("eager", "compile", "ours")
+CROSS_NOTE = "ours tuned / eager default: medians of two processes, not of paired rounds"
+
+
+def _grouped(rows: Iterable[Row], *fields: str) -> dict[tuple[str, ...], list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(
+            "x".join(map(str, value)) if isinstance(value := row[field], list) else str(value)
+            for field in fields
+        )
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _table(title: str, *columns: str, texts: int) -> Table:
+    """A table whose first ``texts`` columns are left-aligned and the rest are numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < texts else "right")
+    return table
+
+
+def _by_provider(rows: Iterable[Row]) -> dict[str, Row]:
+    return {row["provider"]: row for row in rows}
+
+
+def _timed(of: dict[str, Row]) -> list[str]:
+    """Cells: p50 of each provider, then ours against eager and compile."""
+    ours = of.get("ours", {})
+    times = [_seconds(of.get(name, {}).get("p50")) for name in PROVIDERS]
+    return [*times, _ratio(ours.get("ratio_vs_eager")), _ratio(ours.get("ratio_vs_compile"))]
+
+
+TIMED = (*PROVIDERS, "vs eager", "vs compile")
+
+
+def layer_tables(rows: list[Row]) -> list[Table]:
+    """Every layer: p50 of a forward + backward, ratios, bytes and share of copy bandwidth."""
+    tables = []
+    for setting, of_setting in _grouped(rows, "dtype", "layout", "allocator").items():
+        title = f"Forward + backward (p50): {', '.join(setting)} allocator"
+        table = _table(title, "op", "shape", "times", *TIMED, "MB", "of copy", texts=2)
+        for key, group in _grouped(of_setting, "name", "shape").items():
+            of = _by_provider(group)
+            ours = of.get("ours", {})
+            moved = f"{ours['bytes'] / 1e6:.0f}" if "bytes" in ours else "-"
+            share = f"{ours['share_of_copy']:.0%}" if "share_of_copy" in ours else "-"
+            table.add_row(*key, str(group[0]["count"]), *_timed(of), moved, share)
+        tables.append(table)
+    return tables
+
+
+def total_table(rows: list[Row]) -> Table:
+    """Sums over the network's layers."""
+    columns = ("sum over layers", "images", "dtype", "layout", "allocator")
+    table = _table(
+        "Ops summed over ResNet-50's layers, times occurrence", *columns, *TIMED, texts=5
+    )
+    for key, group in _grouped(rows, "name", "shape", "dtype", "layout", "allocator").items():
+        table.add_row(*key, *_timed(_by_provider(group)))
+    return table
+
+
+def model_table(rows: list[Row]) -> Table:
+    """Training steps; ratios are of ours, within one process."""
+    columns = ("model", "input", "dtype", "allocator", "eager nchw")
+    table = _table(
+        "Training step (p50; channels_last but for the first)",
+        *columns, *TIMED, "vs eager nchw", texts=4,
+    )  # fmt: skip
+    for key, group in _grouped(rows, "name", "shape", "dtype", "allocator").items():
+        nchw = [row["p50"] for row in group if row["layout"] == "nchw"]
+        of = _by_provider(row for row in group if row["layout"] != "nchw")
+        against = _ratio(of.get("ours", {}).get("ratio_vs_eager_nchw"))
+        table.add_row(*key, _seconds(nchw[0] if nchw else None), *_timed(of), against)
+    return table
+
+
+def cross_ratios(rows: Iterable[Row]) -> list[tuple[tuple[str, ...], dict[str, float]]]:
+    """Ours under "tuned" against eager under "default", per model, input and dtype.
+
+    Returns [((name, shape, dtype), {"channels_last": ratio, "nchw": ratio})], of p50s that come
+    from two processes.
+    """
+    found = []
+    for key, group in _grouped(rows, "name", "shape", "dtype").items():
+        at = {(r["provider"], r["layout"], r["allocator"]): r["p50"] for r in group}
+        ours = at.get(("ours", "channels_last", "tuned"))
+        ratios = {
+            layout: at["eager", layout, "default"] / ours
+            for layout in ("channels_last", "nchw")
+            if ours and ("eager", layout, "default") in at
+        }
+        if ratios:
+            found.append((key, ratios))
+    return found
+
+
+def cross_table(found: list[tuple[tuple[str, ...], dict[str, float]]]) -> Table:
+    """What a user gains over PyTorch as it comes."""
+    columns = ("model", "input", "dtype", "vs eager channels_last", "vs eager nchw")
+    table = _table("Ours with tune_cpu_memory() against eager without", *columns, texts=3)
+    for key, ratios in found:
+        cells = [_ratio(ratios.get(layout)) for layout in ("channels_last", "nchw")]
+        table.add_row(*key, *cells)
+    table.caption = CROSS_NOTE
+    return table
+
+
+def memory_table(rows: list[Row]) -> Table:
+    """Activations saved for backward."""
+    columns = ("model", "input", "dtype", "eager", "ours", "eager / ours")
+    table = _table("Activation memory of a training step", *columns, texts=3)
+    for key, group in _grouped(rows, "name", "shape", "dtype").items():
+        of = _by_provider(group)
+        sizes = [
+            f"{of[name]['memory_bytes'] / 2**20:.0f} MiB" if name in of else "-"
+            for name in ("eager", "ours")
+        ]
+        table.add_row(*key, *sizes, _ratio(of.get("ours", {}).get("ratio_vs_eager")))
+    return table
+
+
+def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
+    """Print every table that ``rows`` have something for, one machine after the other."""
+    for (cpu, threads), machine in _grouped(rows, "cpu", "threads").items():
+        kinds: dict[str, list[Row]] = {}
+        for row in machine:
+            kinds.setdefault(row["kind"], []).append(row)
+        commits = ", ".join(sorted({f"{row['commit']} (torch {row['torch']})" for row in machine}))
+        console.print(f"\n[bold]{cpu}, {threads} threads[/bold]; commit {commits}")
+        for row in kinds.get("copy", []):
+            speed = row["bytes_per_second"] / 1e9
+            console.print(f"copy bandwidth, {row['allocator']} allocator: {speed:.1f} GB/s")
+        if layers and "op" in kinds:
+            console.print(*layer_tables(kinds["op"]), sep="\n")
+        if "total" in kinds:
+            console.print(total_table(kinds["total"]))
+        if "model" in kinds:
+            console.print(model_table(kinds["model"]))
+            if found := cross_ratios(kinds["model"]):
+                console.print(cross_table(found))
+        if "memory" in kinds:
+            console.print(memory_table(kinds["memory"]))

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``python -m resnet_fast bench``: one worker per allocator setting, rows kept, tables printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from resnet_fast.cli import UserError
+
+from . import comparison, plot
+from .job import Job
+from .rows import RESULTS, ROOT, Row, append, load, newest
+
+SECTIONS = ("ops", "models", "memory")
+ALLOCATORS = ("default", "tuned")
+
+
+def jobs_of(options: Namespace) -> list[Job]:
+    """One job per section and allocator setting; without any of --ops --models --memory, all."""
+    wanted = [name for name in SECTIONS if getattr(options, name)]
+    if options.all or not wanted:
+        wanted = list(SECTIONS)
+    dtypes = ("float32", "bfloat16") if options.dtype == "all" else (options.dtype,)
+    allocators = ALLOCATORS if options.allocator == "both" else (options.allocator,)
+    return [
+        Job(
+            sections=(section,),
+            dtypes=dtypes,
+            allocator=allocator,
+            batch=options.batch,
+            threads=options.threads,
+            compile=options.compile,
+            quick=options.quick,
+        )
+        for section in wanted
+        # What is saved for backward does not depend on the allocator.
+        for allocator in (allocators[:1] if section == "memory" else allocators)
+    ]
+
+
+def _environment() -> dict[str, str]:
+    """The caller's environment without malloc settings: "default" must mean default."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
+    return kept
+
+
+def _messages(job: Job) -> Iterator[dict[str, Any]]:
+    """What the worker of ``job`` sends; UserError with its last words where it fails."""
+    command = [sys.executable, "-m", "bench.worker", json.dumps(asdict(job))]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                yield json.loads(line)
+        finally:
+            if process.poll() is None and sys.exc_info()[0] is not None:
+                process.terminate()
+            code = process.wait()
+        if code != 0:
+            errors.seek(0)
+            words = [line for line in errors.read().splitlines() if line.strip()]
+            reason = words[-1] if words else "no message"
+            raise UserError(f"the benchmark process stopped with code {code}: {reason}")
+
+
+def measure(jobs: list[Job], keep: Callable[[Row], None], console: Console) -> list[str]:
+    """Run the jobs one after the other, hand each row to ``keep``; returns remarks to print."""
+    remarks: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        for job in jobs:
+            title = f"{job.sections[0]} ({job.allocator} allocator)"
+            task = bar.add_task(title, total=None)
+            for message in _messages(job):
+                if "row" in message:
+                    keep(message["row"])
+                elif "progress" in message:
+                    done, total, what = message["progress"]
+                    bar.update(task, completed=done, total=total, description=f"{title}: {what}")
+                else:
+                    remarks.append(f"{title} left out: {message['unavailable']}")
+            bar.update(task, completed=1, total=1, description=title)
+    return remarks
+
+
+def stored_rows(path: Path) -> list[Row]:
+    """Newest row per key of ``path``; UserError where there is no such file or it is not rows."""
+    try:
+        return newest(load(path))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist: run `python -m resnet_fast bench` first, or name another "
+            "file with --results"
+        ) from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def main(options: Namespace) -> int:
+    """Measure and print, or with ``options.show`` print what is stored; returns the exit code."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=132)
+    path: Path | None = options.results or (None if options.quick else RESULTS)
+    if options.show:
+        rows = stored_rows(path or RESULTS)
+    else:
+        rows = []
+
+        def keep(row: Row) -> None:
+            rows.append(row)
+            if path is not None:
+                append(path, row)
+
+        for remark in measure(jobs_of(options), keep, console):
+            console.print(remark)
+    comparison.print_tables(rows, console, layers=options.layers)
+    if options.show:
+        return 0
+    if path is None:
+        console.print("quick run: rows are only kept with --results FILE")
+        return 0
+    console.print(f"rows appended to {path}")
+    picture = plot.draw(newest(load(path)), path.with_suffix(".png"))
+    console.print(f"plot written to {picture}" if picture else "no plot: matplotlib is missing")
+    return 0

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Loads and stores of sixteen elements of any dtype, whole or in part, with round-to-nearest-even.
+#pragma once
+
+#include "simd.h"
+
+namespace resnet_fast::cpu::RF_ISA {
+
+// The largest accumulated value that rounds to zero or below: where ReLU's rounded output is 0.
+template <class T>
+constexpr Accumulate<T> kRoundsToZero = 0;
+template <>
+inline constexpr float kRoundsToZero<Half> = 0x1p-25f;
+template <>
+inline constexpr float kRoundsToZero<BFloat16> = 0x1p-134f;
+
+typedef uint16_t Words __attribute__((vector_size(32)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+
+// ---- sixteen bit floats
+// --------------------------------------------------------------------------
+
+RF_INLINE Bits widen(const uint16_t* p) {
+  Words w;
+  std::memcpy(&w, p, sizeof w);
+  return __builtin_convertvector(w, Bits);
+}
+
+RF_INLINE Pack<float> as_floats(const Bits& bits) {
+  Pack<float> r;
+  std::memcpy(&r, &bits, sizeof r);
+  return r;
+}
+
+RF_INLINE Words narrow_bfloat16(const Pack<float>& a) {
+  Bits u;
+  std::memcpy(&u, &a, sizeof u);
+  const Bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const Bits magnitude = u & 0x7fffffffu;
+  const Bits quiet_nan = Bits{} + 0x7fc0u;
+  return __builtin_convertvector(magnitude > 0x7f800000u ? quiet_nan : rounded, Words);
+}
+
+#if !defined(__F16C__) && !defined(__AVX512F__)
+// Scalar half precision, by shifting the exponent and letting the processor round.
+RF_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
+  const uint32_t rest = uint32_t(h & 0x7fffu) << 13;
+  float magnitude;
+  std::memcpy(&magnitude, &rest, 4);
+  magnitude *= 0x1p112f;  // exact: moves the bias from 15 to 127, subnormals too
+  uint32_t bits;
+  std::memcpy(&bits, &magnitude, 4);
+  if ((h & 0x7c00u) == 0x7c00u) bits = rest | 0x7f800000u;
+  bits |= sign;
+  float r;
+  std::memcpy(&r, &bits, 4);
+  return r;
+}
+
+RF_INLINE uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (bits >= 0x47800000u) return uint16_t(sign | 0x7c00u);
+  if (bits < 0x38800000u) {  // subnormal in half: adding 0.5 aligns and rounds the fraction
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return uint16_t(sign | (bits - 0x3f000000u));
+  }
+  bits += 0xc8000fffu + ((bits >> 13) & 1u);
+  return uint16_t(sign | (bits >> 13));
+}
+#endif
+
+RF_INLINE Pack<float> load(const Half* p) {
+  Pack<float> r;
+#if defined(__AVX512F__)
+  r.v[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  for (int i = 0; i < 2; ++i) {
+    r.v[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
+  }
+#else
+  for (int l = 0; l < kLanes; ++l) {
+    r.v[l / Pack<float>::kWidth][l % Pack<float>::kWidth] = half_to_float(p[l].bits);
+  }
+#endif
+  return r;
+}
+
+RF_INLINE Words narrow_half(const Pack<float>& a) {
+  Words w;
+#if defined(__AVX512F__)
+  const __m256i r = _mm512_cvtps_ph(a.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(&w, &r, sizeof w);
+#elif defined(__F16C__)
+  for (int i = 0; i < 2; ++i) {
+    const __m128i r = _mm256_cvtps_ph(a.v[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(reinterpret_cast<char*>(&w) + 16 * i, &r, sizeof r);
+  }
+#else
+  for (int l = 0; l < kLanes; ++l) {
+    w[l] = float_to_half(a.v[l / Pack<float>::kWidth][l % Pack<float>::kWidth]);
+  }
+#endif
+  return w;
+}
+
+// ---- whole packs
+// ---------------------------------------------------------------------------------
+
+template <class A>
+RF_INLINE Pack<A> load(const A* p) {
+  Pack<A> r;
+  std::memcpy(&r, p, sizeof r);
+  return r;
+}
+
+RF_INLINE Pack<float> load(const BFloat16* p) {
+  return as_floats(widen(reinterpret_cast<const uint16_t*>(p)) << 16);
+}
+
+template <class A>
+RF_INLINE void store(A* p, const Pack<A>& a) {
+  std::memcpy(p, &a, sizeof a);
+}
+
+RF_INLINE void store(BFloat16* p, const Pack<float>& a) {
+  const Words w = narrow_bfloat16(a);
+  std::memcpy(p, &w, sizeof w);
+}
+
+RF_INLINE void store(Half* p, const Pack<float>& a) {
+  const Words w = narrow_half(a);
+  std::memcpy(p, &w, sizeof w);
+}
+
+// Past the cache, for outputs larger than it; p must lie on a multiple of the vector's size.
+template <class Vector>
+RF_INLINE void stream_vector(void* p, const Vector& v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Vector) == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(Vector) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+    return;
+  }
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class A>
+RF_INLINE void stream(A* p, const Pack<A>& a) {
+  RF_FOR_VECTORS(A) stream_vector(p + i * Pack<A>::kWidth, a.v[i]);
+}
+
+RF_INLINE void stream(BFloat16* p, const Pack<float>& a) { stream_vector(p, narrow_bfloat16(a)); }
+
+RF_INLINE void stream(Half* p, const Pack<float>& a) { stream_vector(p, narrow_half(a)); }
+
+// Streamed stores are weakly ordered: fence before another thread reads them.
+RF_INLINE void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+template <class T>
+RF_INLINE void put(T* p, const Pack<Accumulate<T>>& a, bool streamed) {
+  if (streamed) {
+    stream(p, a);
+  } else {
+    store(p, a);
+  }
+}
+
+// ---- packs in part: lanes lo to hi of the sixteen at p
+// -------------------------------------------
+
+template <class T>
+RF_INLINE Pack<Accumulate<T>> load_part(const T* p, int lo, int hi) {
+  T lanes[kLanes];
+  std::memset(lanes, 0, sizeof lanes);
+  std::memcpy(lanes + lo, p + lo, (hi - lo) * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+RF_INLINE void store_part(T* p, const Pack<Accumulate<T>>& a, int lo, int hi) {
+  T lanes[kLanes];
+  store(lanes, a);
+  std::memcpy(p + lo, lanes + lo, (hi - lo) * sizeof(T));
+}
+
+// Mask words of parts are put together from the first part on: the one that holds lane 0 sets the
+// word, later ones add to it. All parts of a word belong to one thread.
+RF_INLINE void store_mask_part(uint16_t* word, uint16_t bits, int lo, int hi) {
+  bits &= lane_bits(lo, hi);
+  *word = lo == 0 ? bits : uint16_t(*word | bits);
+}
+
+}  // namespace resnet_fast::cpu::RF_ISA

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What each CPU kernel is given: plain structures of pointers and sizes, no torch.
+//
+// An activation is dense, in one of two memory orders, and described by a Geometry:
+//   channels-last:  rows = N*H*W, inner = 1        element (row, c)    at row * C + c
+//   contiguous:     rows = N,     inner = H*W      element (n, c, i)   at (n * C + c) * inner + i
+// A mask holds one bit an element in memory order, bit i % 16 of word i / 16.
+// "Accumulation type" is double for double, else float.
+#pragma once
+
+#include <cstdint>
+
+namespace resnet_fast::cpu {
+
+enum class DType { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+struct Geometry {
+  int64_t rows;
+  int64_t channels;
+  int64_t inner;
+  int64_t numel() const { return rows * channels * inner; }
+  int64_t count() const { return rows * inner; }  // values per channel
+};
+
+// PyTorch's thread pool behind a plain function: run body over [0, n) in contiguous ranges.
+struct Parallel {
+  void (*run)(int64_t n, int64_t grain, void (*body)(int64_t begin, int64_t end, void* context),
+              void* context);
+};
+
+// y = relu(x + residual); mask may be null. `stream`: y is too large for the cache.
+struct AddReluParams {
+  const void* x;
+  const void* residual;
+  void* y;
+  uint16_t* mask;
+  int64_t numel;
+  DType dtype;
+  bool stream;
+};
+
+// dx = grad where the mask's bit is set, else 0.
+struct MaskedGradParams {
+  const void* grad;
+  const uint16_t* mask;
+  void* dx;
+  int64_t numel;
+  DType dtype;
+  bool stream;
+};
+
+// Per channel, in double: mean and sum of squared deviations from it.
+struct BnStatsParams {
+  const void* x;
+  double* mean;
+  double* m2;
+  Geometry geometry;
+  DType dtype;
+};
+
+// y = (x - mean) * scale + bias [+ residual] [relu]; coefficients in the accumulation type, (C,).
+struct BnApplyParams {
+  const void* x;
+  const void* residual;  // or null
+  void* y;
+  uint16_t* mask;  // or null
+  const void* mean;
+  const void* scale;
+  const void* bias;
+  Geometry geometry;
+  DType dtype;
+  bool relu;
+  bool stream;
+};
+
+// Where the ReLU's mask comes from in the backward.
+enum class MaskSource { kNone, kBits, kRecompute };
+
+// The backward's first pass: sum of g and of g * (x - mean) per channel, g the masked gradient,
+// which is also written out where `masked` is given.
+struct BnReduceParams {
+  const void* grad;
+  const void* x;
+  const uint16_t* mask;
+  void* masked;  // or null
+  const void* mean;
+  const void* scale;
+  const void* bias;
+  double* sum;
+  double* dot;
+  Geometry geometry;
+  DType dtype;
+  MaskSource source;
+  bool stream;
+};
+
+// The backward's second pass: dx = scale * (g - offset - (x - mean) * slope).
+// In eval mode offset and slope are null: dx = scale * g.
+struct BnGradParams {
+  const void* grad;
+  const void* x;
+  const uint16_t* mask;
+  void* masked;  // or null
+  void* dx;      // or null
+  const void* mean;
+  const void* scale;
+  const void* bias;
+  const void* offset;
+  const void* slope;
+  Geometry geometry;
+  DType dtype;
+  MaskSource source;
+  bool stream;
+};
+
+// The kernels of one instruction set.
+struct KernelTable {
+  void (*add_relu)(const AddReluParams&, const Parallel&);
+  void (*masked_grad)(const MaskedGradParams&, const Parallel&);
+  void (*bn_stats)(const BnStatsParams&, const Parallel&);
+  void (*bn_apply)(const BnApplyParams&, const Parallel&);
+  void (*bn_reduce)(const BnReduceParams&, const Parallel&);
+  void (*bn_grad)(const BnGradParams&, const Parallel&);
+};
+
+// Those of the widest instruction set that this processor runs and this binary holds.
+const KernelTable& kernels();
+
+}  // namespace resnet_fast::cpu

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "table.h"
+
+namespace resnet_fast::cpu::RF_ISA {
+
+extern const KernelTable kTable;
+const KernelTable kTable = {add_relu, masked_grad, bn_stats, bn_apply, bn_reduce, bn_grad};
+
+}  // namespace resnet_fast::cpu::RF_ISA

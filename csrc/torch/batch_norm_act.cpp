@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include <cmath>
+
+#include "tensors.h"
+
+namespace resnet_fast {
+
+namespace {
+
+using Values = std::vector<double>;
+
+struct Statistics {
+  Values mean;
+  Values var;  // biased
+};
+
+Statistics batch_statistics(const Tensor& x, const cpu::Geometry& geometry, cpu::DType dtype) {
+  Statistics s{Values(geometry.channels), Values(geometry.channels)};
+  cpu::kernels().bn_stats({x.const_data_ptr(), s.mean.data(), s.var.data(), geometry, dtype},
+                          torch_threads());
+  for (double& v : s.var) v /= double(geometry.count());
+  return s;
+}
+
+// running = (1 - momentum) * running + momentum * batch, the variance unbiased.
+void update_running(const OptionalTensor& running, const Values& batch, double momentum,
+                    double correction) {
+  if (!running) return;
+  Values values = read_channel(running, int64_t(batch.size()), 0);
+  for (size_t c = 0; c < values.size(); ++c) {
+    values[c] = (1 - momentum) * values[c] + momentum * (batch[c] * correction);
+  }
+  write_channel(*running, values);
+}
+
+Tensor channel_tensor(const Tensor& x, const Values& values, ScalarType type) {
+  Tensor t = torch::stable::new_empty(x, {int64_t(values.size())}, type);
+  write_channel(t, values);
+  return t;
+}
+
+// weight * invstd from the *saved* statistics, so that forward and backward have the same bits.
+Values scale_of(const Values& invstd, const OptionalTensor& weight) {
+  Values scale = read_channel(weight, int64_t(invstd.size()), 1);
+  for (size_t c = 0; c < scale.size(); ++c) scale[c] *= invstd[c];
+  return scale;
+}
+
+const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+void check_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& residual, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_var, bool training) {
+  check_cpu("x", x);
+  STD_TORCH_CHECK(x.dim() >= 2, "x must have 2 or more dimensions (N, C, *); got ", shape_text(x));
+  if (weight) check_channel("weight", *weight, x);
+  if (bias) check_channel("bias", *bias, x);
+  if (running_mean) check_channel("running_mean", *running_mean, x);
+  if (running_var) check_channel("running_var", *running_var, x);
+  if (residual) check_same("residual", *residual, x);
+  STD_TORCH_CHECK(training || (running_mean && running_var),
+                  "running_mean and running_var must be given when training is False");
+  STD_TORCH_CHECK(!training || x.numel() > 0, "x must not be empty when training; got ",
+                  shape_text(x));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
+    Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
+    OptionalTensor running_mean, OptionalTensor running_var, bool training, double momentum,
+    double eps, bool relu, bool save_mask) {
+  check_forward(x, weight, bias, residual, running_mean, running_var, training);
+  const cpu::DType dtype = dtype_of(x, "x");
+  const bool channels_last = is_channels_last(x);
+  x = to_layout(x, channels_last);
+  if (residual) residual = to_layout(*residual, channels_last);
+  const cpu::Geometry geometry = geometry_of(x, channels_last);
+  const bool in_double = dtype == cpu::DType::kFloat64;
+
+  Statistics s = training ? batch_statistics(x, geometry, dtype)
+                          : Statistics{read_channel(running_mean, geometry.channels, 0),
+                                       read_channel(running_var, geometry.channels, 1)};
+  Values invstd(s.var);
+  for (double& v : invstd) v = 1 / std::sqrt(v + eps);
+  Tensor saved_mean = channel_tensor(x, s.mean, accumulate_type(x));
+  Tensor saved_invstd = channel_tensor(x, invstd, accumulate_type(x));
+  const Coefficients mean(s.mean, in_double);
+  const Coefficients scale(scale_of(read_channel(saved_invstd, geometry.channels, 0), weight),
+                           in_double);
+  const Coefficients shift(read_channel(bias, geometry.channels, 0), in_double);
+
+  Tensor y = new_like(x);
+  Tensor mask = save_mask ? new_mask(x) : nothing(x, ScalarType::Byte);
+  cpu::kernels().bn_apply(
+      {x.const_data_ptr(), data_or_null(residual), y.mutable_data_ptr(),
+       save_mask ? static_cast<uint16_t*>(mask.mutable_data_ptr()) : nullptr, mean.data(),
+       scale.data(), shift.data(), geometry, dtype, relu, too_large_for_cache(y)},
+      torch_threads());
+  if (training) {
+    const double n = double(geometry.count());
+    update_running(running_mean, s.mean, momentum, 1);
+    update_running(running_var, s.var, momentum, n > 1 ? n / (n - 1) : 1);
+  }
+  return {y, saved_mean, saved_invstd, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
+    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
+  check_cpu("x", x);
+  STD_TORCH_CHECK(x.dim() >= 2, "x must have 2 or more dimensions (N, C, *); got ", shape_text(x));
+  STD_TORCH_CHECK(x.numel() > 0, "x must not be empty; got ", shape_text(x));
+  STD_TORCH_CHECK(output_mask.size() == 4, "output_mask must have 4 entries; got ",
+                  output_mask.size());
+  check_same("grad", grad, x);
+  check_channel("mean", mean, x);
+  check_channel("invstd", invstd, x);
+  if (weight) check_channel("weight", *weight, x);
+  if (bias) check_channel("bias", *bias, x);
+  if (mask) check_mask(*mask, x.numel());
+  const bool want_dx = output_mask[0], want_dresidual = output_mask[1];
+  const bool want_dweight = output_mask[2], want_dbias = output_mask[3];
+
+  const cpu::DType dtype = dtype_of(x, "x");
+  const bool channels_last = is_channels_last(x);
+  x = to_layout(x, channels_last);
+  grad = to_layout(grad, channels_last);
+  const cpu::Geometry geometry = geometry_of(x, channels_last);
+  const bool in_double = dtype == cpu::DType::kFloat64;
+  const int64_t channels = geometry.channels;
+  const Values mean_values = read_channel(mean, channels, 0);
+  const Values invstd_values = read_channel(invstd, channels, 0);
+  const Values scale_values = scale_of(invstd_values, weight);
+  const Coefficients centre(mean_values, in_double), scale(scale_values, in_double),
+      shift(read_channel(bias, channels, 0), in_double);
+  const auto source = !relu ? cpu::MaskSource::kNone
+                            : (mask ? cpu::MaskSource::kBits : cpu::MaskSource::kRecompute);
+  const auto* bits = mask ? static_cast<const uint16_t*>(mask->const_data_ptr()) : nullptr;
+
+  Tensor dresidual = want_dresidual ? new_like(x) : nothing(x, x.scalar_type());
+  void* masked = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
+  Values sum(channels), dot(channels);
+  const bool reduce = want_dweight || want_dbias || (want_dx && training);
+  const bool stream = too_large_for_cache(x);
+  if (reduce) {
+    cpu::kernels().bn_reduce(
+        {grad.const_data_ptr(), x.const_data_ptr(), bits, masked, centre.data(), scale.data(),
+         shift.data(), sum.data(), dot.data(), geometry, dtype, source, stream},
+        torch_threads());
+  }
+  // Once the masked gradient is written it is what the second pass reads.
+  const bool behind_relu = reduce && want_dresidual;
+  Tensor dx = want_dx ? new_like(x) : nothing(x, x.scalar_type());
+  if (want_dx || (want_dresidual && !reduce)) {
+    Values offset(sum), slope(dot);
+    const double n = double(geometry.count());
+    for (double& v : offset) v /= n;
+    for (int64_t c = 0; c < channels; ++c) slope[c] *= invstd_values[c] * invstd_values[c] / n;
+    const Coefficients offsets(offset, in_double), slopes(slope, in_double);
+    cpu::kernels().bn_grad(
+        {behind_relu ? masked : grad.const_data_ptr(), x.const_data_ptr(), bits,
+         behind_relu ? nullptr : masked, want_dx ? dx.mutable_data_ptr() : nullptr, centre.data(),
+         scale.data(), shift.data(), training ? offsets.data() : nullptr, slopes.data(), geometry,
+         dtype, behind_relu ? cpu::MaskSource::kNone : source, stream},
+        torch_threads());
+  }
+  const ScalarType parameter =
+      weight ? weight->scalar_type() : (bias ? bias->scalar_type() : accumulate_type(x));
+  for (int64_t c = 0; c < channels; ++c) dot[c] *= invstd_values[c];
+  Tensor dweight = want_dweight ? channel_tensor(x, dot, parameter) : nothing(x, parameter);
+  Tensor dbias = want_dbias ? channel_tensor(x, sum, parameter) : nothing(x, parameter);
+  return {dx, dresidual, dweight, dbias};
+}
+
+}  // namespace resnet_fast

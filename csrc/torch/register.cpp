@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// All registrations. Schemas are Python's (resnet_fast/_library.py): here they are only
+// implemented.
+#include "tensors.h"
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
+  m.impl("add_relu_forward", TORCH_BOX(&resnet_fast::add_relu_forward));
+  m.impl("add_relu_backward", TORCH_BOX(&resnet_fast::add_relu_backward));
+  m.impl("batch_norm_act_forward", TORCH_BOX(&resnet_fast::batch_norm_act_forward));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&resnet_fast::batch_norm_act_backward));
+}

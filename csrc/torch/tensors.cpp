@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "tensors.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace resnet_fast {
+
+namespace {
+
+constexpr int64_t kHugePage = int64_t(2) << 20;
+constexpr int64_t kHugeFrom = 2 * kHugePage;
+// Of the order of a last-level cache: below it the next operation finds the output there.
+constexpr int64_t kStreamFrom = int64_t(16) << 20;
+
+int64_t bytes_of(const Tensor& x) { return x.numel() * int64_t(x.element_size()); }
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t begin =
+      (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  // A hint: a system without huge pages refuses it, and nothing is lost.
+  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
+}
+
+template <class Visit>
+void for_channel_dtype(const Tensor& t, const Visit& visit) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return visit(double{});
+    case ScalarType::Float:
+      return visit(float{});
+    case ScalarType::Half:
+      return visit(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return visit(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "per-channel tensors must be floating, got ",
+                      torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+}  // namespace
+
+const cpu::Parallel& torch_threads() {
+  static const cpu::Parallel parallel{run_parallel};
+  return parallel;
+}
+
+cpu::DType dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return cpu::DType::kFloat64;
+    case ScalarType::Float:
+      return cpu::DType::kFloat32;
+    case ScalarType::Half:
+      return cpu::DType::kFloat16;
+    case ScalarType::BFloat16:
+      return cpu::DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::string shape_text(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + ")";
+}
+
+bool is_channels_last(const Tensor& x) {
+  const int64_t dim = x.dim();
+  if ((dim != 4 && dim != 5) || x.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (int64_t k = 0; k < dim; ++k) {
+    const int64_t d = k == 0 ? 1 : (k < dim - 1 ? dim - k : 0);  // C, W, H, [D,] N
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+Tensor to_layout(const Tensor& x, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  if (!channels_last) return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  if (is_channels_last(x)) return x;
+  return torch::stable::contiguous(
+      x, x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
+}
+
+cpu::Geometry geometry_of(const Tensor& x, bool channels_last) {
+  const int64_t channels = x.size(1);
+  int64_t pixels = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) pixels *= x.size(d);
+  if (channels_last || pixels == 1) return {x.size(0) * pixels, channels, 1};
+  return {x.size(0), channels, pixels};
+}
+
+Tensor new_like(const Tensor& x) {
+  Tensor y = torch::stable::empty_like(x);
+  const int64_t bytes = bytes_of(y);
+  if (bytes >= kHugeFrom) advise_huge_pages(y.mutable_data_ptr(), bytes);
+  return y;
+}
+
+int64_t mask_bytes(int64_t numel) { return 2 * ((numel + 15) / 16); }
+
+Tensor new_mask(const Tensor& x) {
+  return torch::stable::new_empty(x, {mask_bytes(x.numel())}, ScalarType::Byte);
+}
+
+Tensor nothing(const Tensor& x, ScalarType type) { return torch::stable::new_empty(x, {0}, type); }
+
+bool too_large_for_cache(const Tensor& x) { return bytes_of(x) >= kStreamFrom; }
+
+void check_cpu(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as x is");
+}
+
+void check_same(const char* name, const Tensor& t, const Tensor& x) {
+  check_cpu(name, t);
+  bool same = t.dim() == x.dim() && t.scalar_type() == x.scalar_type();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, name, " must have x's shape ", shape_text(x), " and dtype ",
+                  torch::headeronly::toString(x.scalar_type()), "; got ", shape_text(t), " and ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+void check_channel(const char* name, const Tensor& t, const Tensor& x) {
+  check_cpu(name, t);
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(1), name, " must have shape (", x.size(1),
+                  ",); got ", shape_text(t));
+}
+
+void check_mask(const Tensor& mask, int64_t numel) {
+  check_cpu("mask", mask);
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && mask.dim() == 1 &&
+                      mask.numel() == mask_bytes(numel) && mask.is_contiguous(),
+                  "mask must be a 1-D uint8 tensor of ", mask_bytes(numel), " bytes for ", numel,
+                  " elements; got ", torch::headeronly::toString(mask.scalar_type()), " of shape ",
+                  shape_text(mask));
+}
+
+std::vector<double> read_channel(const OptionalTensor& t, int64_t channels, double missing) {
+  std::vector<double> values(channels, missing);
+  if (!t) return values;
+  for_channel_dtype(*t, [&](auto zero) {
+    const auto* p = static_cast<const decltype(zero)*>(t->const_data_ptr());
+    const int64_t stride = t->stride(0);
+    for (int64_t c = 0; c < channels; ++c) values[c] = double(p[c * stride]);
+  });
+  return values;
+}
+
+void write_channel(const Tensor& t, const std::vector<double>& values) {
+  for_channel_dtype(t, [&](auto zero) {
+    using T = decltype(zero);
+    T* const p = static_cast<T*>(t.mutable_data_ptr());
+    const int64_t stride = t.stride(0);
+    for (size_t c = 0; c < values.size(); ++c) p[c * stride] = T(values[c]);
+  });
+}
+
+Coefficients::Coefficients(const std::vector<double>& values, bool in_double)
+    : in_double_(in_double) {
+  if (in_double) {
+    doubles_ = values;
+  } else {
+    floats_.assign(values.begin(), values.end());
+  }
+}
+
+}  // namespace resnet_fast

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The raw operators: schemas, fakes, and a plain-PyTorch implementation for every device.
+
+The C++ extension only overrides these per device key, so opcheck, compile and export hold on a
+machine where nothing was built. Raw operators carry no autograd: functional.py adds it.
+
+Tag ``flexible_layout``: an op brings its inputs to the layout it works in, so a compiler may hand
+it any strides without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast import _plain
+from resnet_fast.layout import accumulate_dtype, is_channels_last, mask_bytes, to_layout
+
+library = torch.library.Library("resnet_fast", "DEF")
+
+SCHEMAS = (
+    "add_relu_forward(Tensor x, Tensor residual, bool save_mask) -> (Tensor y, Tensor mask)",
+    "add_relu_backward(Tensor grad, Tensor mask, bool channels_last) -> Tensor",
+    "batch_norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps,"
+    " bool relu, bool save_mask) -> (Tensor y, Tensor mean, Tensor invstd, Tensor mask)",
+    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? weight,"
+    " Tensor? bias, Tensor? mask, bool training, bool relu, bool[4] output_mask)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+for _schema in SCHEMAS:
+    library.define(_schema, tags=_TAGS)
+
+
+# ---- fakes ---------------------------------------------------------------------------------------
+def _fake_like(x: Tensor) -> Tensor:
+    """An output of x's shape in the layout rule of layout.py."""
+    return torch.empty_like(x if is_channels_last(x) else x.contiguous())
+
+
+def _fake_add_relu_forward(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
+    _plain.check_same("residual", residual, x)
+    y = _fake_like(x)
+    return y, x.new_empty(mask_bytes(x.numel()) if save_mask else 0, dtype=torch.uint8)
+
+
+def _fake_add_relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty_like(to_layout(grad, channels_last))
+
+
+def _fake_batch_norm_act_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _plain.check_forward(x, weight, bias, residual, running_mean, running_var, training)
+    stat = x.new_empty(x.size(1), dtype=accumulate_dtype(x.dtype))
+    mask = x.new_empty(mask_bytes(x.numel()) if save_mask else 0, dtype=torch.uint8)
+    return _fake_like(x), stat, torch.empty_like(stat), mask
+
+
+def _fake_batch_norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    training: bool,
+    relu: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    want_dx, want_dresidual, want_dweight, want_dbias = output_mask
+    param = _plain.param_dtype(accumulate_dtype(x.dtype), weight, bias)
+    return (
+        _fake_like(x) if want_dx else _plain.nothing(x, x.dtype),
+        _fake_like(x) if want_dresidual else _plain.nothing(x, x.dtype),
+        x.new_empty(x.size(1) if want_dweight else 0, dtype=param),
+        x.new_empty(x.size(1) if want_dbias else 0, dtype=param),
+    )
+
+
+# ---- registration --------------------------------------------------------------------------------
+_FAKES: dict[str, Callable[..., Any]] = {
+    "add_relu_forward": _fake_add_relu_forward,
+    "add_relu_backward": _fake_add_relu_backward,
+    "batch_norm_act_forward": _fake_batch_norm_act_forward,
+    "batch_norm_act_backward": _fake_batch_norm_act_backward,
+}
+
+for _name, _fake in _FAKES.items():
+    # The key of all devices: a device's own kernel, if the extension brings one, goes before it.
+    library.impl(_name, getattr(_plain, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=library)

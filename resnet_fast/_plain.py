@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The raw operators in plain PyTorch: what they are on a device with no kernel of its own.
+
+The mask is the interesting part: one bit an element, in memory order of the output (layout.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fast import reference
+from resnet_fast.layout import (
+    accumulate_dtype,
+    from_memory_order,
+    mask_bytes,
+    memory_order,
+    normalise,
+    to_layout,
+)
+
+
+# ---- the mask ------------------------------------------------------------------------------------
+def pack_mask(y: Tensor, channels_last: bool) -> Tensor:
+    """One bit an element of y in memory order: 1 where ReLU's gradient passes, not (y <= 0)."""
+    bits = ~(memory_order(y, channels_last) <= 0)
+    padded = bits.new_zeros(8 * mask_bytes(y.numel()))
+    padded[: bits.numel()] = bits
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=y.device)
+    return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(mask: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """The mask as a boolean tensor of like's shape."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.view(-1, 1) >> shifts) & 1
+    return from_memory_order(bits.view(-1)[: like.numel()].bool(), like, channels_last)
+
+
+def check_mask(mask: Tensor, numel: int) -> None:
+    expected = mask_bytes(numel)
+    torch._check(
+        mask.dtype == torch.uint8 and mask.dim() == 1 and mask.numel() == expected,
+        lambda: (
+            f"mask must be a 1-D uint8 tensor of {expected} bytes for {numel} elements;"
+            f" got {mask.dtype} of shape {tuple(mask.shape)}"
+        ),
+    )
+
+
+def check_channel(name: str, t: Tensor | None, channels: int) -> None:
+    if t is not None:
+        torch._check(
+            t.dim() == 1 and t.size(0) == channels,
+            lambda: f"{name} must have shape ({channels},); got {tuple(t.shape)}",
+        )
+
+
+def check_same(name: str, t: Tensor, x: Tensor) -> None:
+    torch._check(
+        t.shape == x.shape and t.dtype == x.dtype,
+        lambda: (
+            f"{name} must have x's shape {tuple(x.shape)} and dtype {x.dtype};"
+            f" got {tuple(t.shape)} and {t.dtype}"
+        ),
+    )
+
+
+def check_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> None:
+    torch._check(
+        x.dim() >= 2, lambda: f"x must have 2 or more dimensions (N, C, *); got {tuple(x.shape)}"
+    )
+    channel = {"weight": weight, "bias": bias}
+    channel |= {"running_mean": running_mean, "running_var": running_var}
+    for name, t in channel.items():
+        check_channel(name, t, x.size(1))
+    if residual is not None:
+        check_same("residual", residual, x)
+    has_stats = running_mean is not None and running_var is not None
+    torch._check(
+        training or has_stats,
+        lambda: "running_mean and running_var must be given when training is False",
+    )
+
+
+def check_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    torch._check(
+        x.dim() >= 2, lambda: f"x must have 2 or more dimensions (N, C, *); got {tuple(x.shape)}"
+    )
+    check_same("grad", grad, x)
+    channel = {"mean": mean, "invstd": invstd, "weight": weight, "bias": bias}
+    for name, t in channel.items():
+        check_channel(name, t, x.size(1))
+    if mask is not None:
+        check_mask(mask, x.numel())
+
+
+def param_dtype(acc: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
+    given = weight if weight is not None else bias
+    return acc if given is None else given.dtype
+
+
+def nothing(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(0, dtype=dtype)
+
+
+# ---- add_relu ------------------------------------------------------------------------------------
+def add_relu_forward(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
+    check_same("residual", residual, x)
+    x, channels_last = normalise(x)
+    y = torch.relu(x + to_layout(residual, channels_last))
+    return y, pack_mask(y, channels_last) if save_mask else nothing(x, torch.uint8)
+
+
+def add_relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
+    check_mask(mask, grad.numel())
+    grad = to_layout(grad, channels_last)
+    keep = unpack_mask(mask, grad, channels_last)
+    return to_layout(torch.where(keep, grad, torch.zeros_like(grad)), channels_last)
+
+
+# ---- batch_norm_act ------------------------------------------------------------------------------
+def batch_norm_act_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_forward(x, weight, bias, residual, running_mean, running_var, training)
+    x, channels_last = normalise(x)
+    acc = accumulate_dtype(x.dtype)
+    if training:
+        mean, var, invstd = reference.batch_statistics(x, eps)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, var = running_mean.to(acc, copy=True), running_var.to(acc)
+        invstd = torch.rsqrt(var + eps)
+    _, _, y = reference.affine(x, mean, invstd, weight, bias)
+    if residual is not None:
+        y = y + residual.to(acc)
+    y = to_layout((torch.relu(y) if relu else y).to(x.dtype), channels_last)
+    mask = pack_mask(y, channels_last) if save_mask else nothing(x, torch.uint8)
+    if training and x.numel() > 0:
+        count = x.numel() // x.size(1)
+        _update(running_mean, mean, momentum)
+        _update(running_var, var * (count / max(count - 1, 1)), momentum)
+    return y, mean, invstd, mask
+
+
+def _update(running: Tensor | None, batch: Tensor, momentum: float) -> None:
+    if running is not None:
+        running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
+
+
+def batch_norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    training: bool,
+    relu: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_backward(grad, x, mean, invstd, weight, bias, mask)
+    x, channels_last = normalise(x)
+    keep = None if mask is None else unpack_mask(mask, x, channels_last)
+    grad = to_layout(grad, channels_last)
+    dx, dresidual, dweight, dbias = reference.batch_norm_act_backward(
+        grad, x, mean, invstd, weight, bias, keep, training, relu
+    )
+    param = param_dtype(dx.dtype, weight, bias)
+    of_x = [
+        to_layout(g.to(x.dtype, copy=True), channels_last) if want else nothing(x, x.dtype)
+        for g, want in zip((dx, dresidual), output_mask[:2], strict=True)
+    ]
+    of_parameters = [
+        g.to(param) if want else nothing(x, param)
+        for g, want in zip((dweight, dbias), output_mask[2:], strict=True)
+    ]
+    return of_x[0], of_x[1], of_parameters[0], of_parameters[1]

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""When a run of modules may be replaced by one fused op, and if not, why not.
+
+A fused op never calls the BatchNorm and ReLU modules it stands for. So it may only run where nobody
+could tell: no hook of any kind on them or on all modules, no replaced ``forward``, no subclass, no
+tracer or mode that wants to see the single operators. Hooks come and go, so this is asked at every
+call, in attribute reads alone; a sentence is only made when the answer is no.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as _module
+from torch.utils._device import DeviceContext
+
+from resnet_fast import dispatch
+
+# PyTorch's own, to notice when somebody has put a function of theirs in the place of one.
+_CALL = nn.Module._wrapped_call_impl
+_CALL_IMPL = nn.Module._call_impl
+_BATCH_NORM_FORWARD = nn.BatchNorm2d.forward
+_RELU_FORWARD = nn.ReLU.forward
+_F_BATCH_NORM = F.batch_norm
+_F_RELU = F.relu
+_MAX_POOL_FORWARD = nn.MaxPool2d.forward
+_F_MAX_POOL = F.max_pool2d
+_PLAIN = (Tensor, nn.Parameter)
+_PLAIN_OR_NONE = (Tensor, nn.Parameter, type(None))
+
+State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+# ---- fast answers --------------------------------------------------------------------------------
+def plain_tensor(x: object) -> bool:
+    """True for a torch.Tensor that is of no subclass (a Parameter is plain)."""
+    return type(x) in _PLAIN
+
+
+def plain_state(bn: nn.BatchNorm2d) -> State | None:
+    """bn's weight, bias, running_mean and running_var; None if the fused op cannot take them."""
+    weight, bias, mean, var = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    if (
+        type(weight) in _PLAIN_OR_NONE
+        and type(bias) in _PLAIN_OR_NONE
+        and type(mean) in _PLAIN_OR_NONE
+        and type(var) in _PLAIN_OR_NONE
+        and (mean is None) == (var is None)
+    ):
+        return weight, bias, mean, var
+    return None
+
+
+def plain_module(m: object, kind: type[nn.Module]) -> bool:
+    """True if calling m is calling kind.forward and nothing else."""
+    return (
+        type(m) is kind
+        and not (
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        )
+        and m._compiled_call_impl is None
+        and "forward" not in m.__dict__
+        and "_call_impl" not in m.__dict__
+    )
+
+
+def plain_context(x: object) -> bool:
+    """True if x is a plain tensor and nothing watches or changes the calls of all modules."""
+    return (
+        type(x) in _PLAIN
+        and not (
+            _module._global_forward_hooks
+            or _module._global_forward_pre_hooks
+            or _module._global_backward_hooks
+            or _module._global_backward_pre_hooks
+        )
+        and nn.BatchNorm2d.__call__ is _CALL
+        and nn.ReLU.__call__ is _CALL
+        and nn.Module._call_impl is _CALL_IMPL
+        and nn.BatchNorm2d.forward is _BATCH_NORM_FORWARD
+        and nn.ReLU.forward is _RELU_FORWARD
+        and F.batch_norm is _F_BATCH_NORM
+        and F.relu is _F_RELU
+        and (torch.compiler.is_compiling() or _no_tracer_or_mode())
+    )
+
+
+def plain_max_pool() -> bool:
+    """True if calling an nn.MaxPool2d is still calling PyTorch's function."""
+    return (
+        nn.MaxPool2d.forward is _MAX_POOL_FORWARD
+        and nn.MaxPool2d.__call__ is _CALL
+        and F.max_pool2d is _F_MAX_POOL
+    )
+
+
+def _no_tracer_or_mode() -> bool:
+    return (
+        torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and (torch._C._len_torch_function_stack() == 0 or _function_mode() == "")
+    )
+
+
+def _function_mode() -> str:
+    """The class of the innermost TorchFunctionMode that could change an operator, or ""."""
+    for i in reversed(range(torch._C._len_torch_function_stack())):
+        mode = type(torch._C._get_function_stack_at(i))
+        # NOTE: torch.set_default_device leaves one of these on for good; it only makes factories
+        # such as torch.zeros choose a device.
+        if mode is not DeviceContext:
+            return mode.__name__
+    return ""
+
+
+def block_ready(owner: nn.Module, norms: tuple[str, ...], x: object) -> bool:
+    """True if owner's forward on x may fuse its batch norms, named `norms`, with owner.relu.
+
+    If not, the reason is recorded under the class of owner.
+    """
+    if plain_context(x) and not _legacy_hook(owner):
+        for name in norms:
+            if not plain_module(getattr(owner, name, None), nn.BatchNorm2d):
+                break
+        else:
+            if plain_module(getattr(owner, "relu", None), nn.ReLU):
+                return True
+    fell_back(type(owner).__name__, x, why_not_context(x) or why_not_block(owner, norms))
+    return False
+
+
+def fell_back(op: str, x: object, why: str) -> None:
+    """Record that op on x runs the reference, and why."""
+    if not isinstance(x, fx.Proxy):  # symbolic tracing computes nothing: there is nothing to record
+        dispatch.note(op, "reference", why)
+
+
+def _legacy_hook(owner: nn.Module) -> bool:
+    """True for a register_backward_hook hook, which is shown the block's last autograd node."""
+    return bool(owner._backward_hooks) and owner._is_full_backward_hook is False
+
+
+# ---- sentences -----------------------------------------------------------------------------------
+_HOOKS = (
+    ("_forward_hooks", "forward hook"),
+    ("_forward_pre_hooks", "forward pre-hook"),
+    ("_backward_hooks", "backward hook"),
+    ("_backward_pre_hooks", "backward pre-hook"),
+)
+
+
+def why_not_block(owner: nn.Module, norms: tuple[str, ...]) -> str:
+    """Why owner's batch norms, named `norms`, cannot be fused with owner.relu; "" if they can."""
+    kinds = [(name, nn.BatchNorm2d) for name in norms] + [("relu", nn.ReLU)]
+    reasons = (why_not_module(name, getattr(owner, name, None), kind) for name, kind in kinds)
+    legacy = "a register_backward_hook hook is on the block" if _legacy_hook(owner) else ""
+    return next((reason for reason in reasons if reason), legacy)
+
+
+def why_not_module(name: str, m: object, kind: type[nn.Module]) -> str:
+    """Why m, called `name`, cannot be fused as a module of exactly `kind`; "" if it can."""
+    if m is None:
+        return f"{name} is None or missing"
+    if type(m) is not kind or not isinstance(m, nn.Module):
+        return f"{name} is a {type(m).__name__}, not exactly nn.{kind.__name__}"
+    for attribute, hook in _HOOKS:
+        if getattr(m, attribute):
+            return f"{name} has a {hook}"
+    if "forward" in m.__dict__ or "_call_impl" in m.__dict__:
+        return f"{name} has a forward of its own"
+    return "" if m._compiled_call_impl is None else f"{name} was compiled by itself"
+
+
+def why_not_state(name: str, bn: nn.BatchNorm2d) -> str:
+    """Why bn's tensors cannot go to the fused op; "" if they can."""
+    for attribute in ("weight", "bias", "running_mean", "running_var"):
+        t = getattr(bn, attribute)
+        if type(t) not in _PLAIN_OR_NONE:
+            return f"{name}.{attribute} is a {type(t).__name__}"
+    if (bn.running_mean is None) != (bn.running_var is None):
+        return f"{name} has one of running_mean and running_var without the other"
+    return ""
+
+
+def why_not_context(x: object) -> str:
+    """Why no module at all can be fused in this call on x; "" if one can."""
+    if type(x) not in _PLAIN:
+        return f"the input is a {type(x).__name__}, not a plain torch.Tensor"
+    for attribute, hook in _HOOKS:
+        if getattr(_module, f"_global{attribute}"):
+            return f"a {hook} is registered for all modules"
+    patched = {
+        "nn.Module.__call__": nn.Module.__call__ is not _CALL,
+        "nn.BatchNorm2d.__call__": nn.BatchNorm2d.__call__ is not _CALL,
+        "nn.ReLU.__call__": nn.ReLU.__call__ is not _CALL,
+        "nn.Module._call_impl": nn.Module._call_impl is not _CALL_IMPL,
+        "nn.BatchNorm2d.forward": nn.BatchNorm2d.forward is not _BATCH_NORM_FORWARD,
+        "nn.ReLU.forward": nn.ReLU.forward is not _RELU_FORWARD,
+        "F.batch_norm": F.batch_norm is not _F_BATCH_NORM,
+        "F.relu": F.relu is not _F_RELU,
+    }
+    for what, changed in patched.items():
+        if changed:
+            return f"{what} was replaced"
+    return "" if torch.compiler.is_compiling() else _why_not_mode()
+
+
+def _why_not_mode() -> str:
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is active: the graph holds standard operators"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a TorchDispatchMode is active: it sees standard operators"
+    mode = _function_mode()
+    return f"a TorchFunctionMode ({mode}) is active: it sees standard operators" if mode else ""

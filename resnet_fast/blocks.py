@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The fused forwards of residual blocks, for our own models and for adapters of other libraries'.
+
+Each takes a block with its ordinary submodules (conv1, bn1, relu, ...) and does what the plain
+forward does, with BatchNorm, the residual sum and ReLU as one op. Convolutions are always called as
+modules: whatever is in their place works. Batch norms and ReLUs are stood in for only while that
+cannot be noticed (_ready.py); otherwise this block alone runs its plain forward, `original`, and
+the reason is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resnet_fast import functional
+from resnet_fast._max_pool import max_pool
+from resnet_fast._ready import (
+    State,
+    block_ready,
+    fell_back,
+    plain_context,
+    plain_max_pool,
+    plain_module,
+    plain_state,
+    plain_tensor,
+    why_not_context,
+    why_not_module,
+    why_not_state,
+)
+
+STEM = ("bn1",)
+BASIC = ("bn1", "bn2")
+BOTTLENECK = ("bn1", "bn2", "bn3")
+
+
+# ---- one batch norm ------------------------------------------------------------------------------
+def bn_act(
+    bn: nn.Module,
+    x: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+) -> Tensor:
+    """What ``bn(x)``, then ``+ residual``, then ReLU do, as one op where bn is plain.
+
+    bn: any module of one tensor. Exactly an nn.BatchNorm2d without hooks is fused, with the same
+    changes of running_mean, running_var and num_batches_tracked as calling it; anything else is
+    called, and the reason recorded. x: (N, C, H, W). residual: of x's shape, or broadcastable to
+    it, or None. activation: "relu" or None. Returns (N, C, H, W) in x's layout.
+
+    Raises ValueError for another activation, and whatever bn raises.
+    """
+    if activation not in ("relu", None):
+        raise ValueError(f'activation must be "relu" or None; got {activation!r}')
+    state = _fusable(bn, x) if plain_context(x) else None
+    if state is not None:
+        return _fused(cast(nn.BatchNorm2d, bn), state, x, residual, activation)
+    fell_back("batch_norm_act", x, _why_not(bn, x))
+    y = cast(Tensor, bn(x))
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if activation == "relu" else y
+
+
+def _fusable(bn: nn.Module, x: Tensor) -> State | None:
+    """bn's tensors if the fused op can stand for bn(x), or None."""
+    if plain_tensor(x) and plain_module(bn, nn.BatchNorm2d):
+        return plain_state(cast(nn.BatchNorm2d, bn))
+    return None
+
+
+def _fused(
+    bn: nn.BatchNorm2d, state: State, x: Tensor, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    """nn.BatchNorm2d.forward, with a residual and an activation."""
+    bn._check_input_dim(x)
+    weight, bias, mean, var = state
+    from_batch = bn.training or mean is None
+    counter, momentum = None, bn.momentum
+    if bn.training:
+        if bn.track_running_stats:
+            counter = bn.num_batches_tracked
+        else:
+            mean = var = None
+    if momentum is None:  # the cumulative average
+        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
+    y = functional.batch_norm_act(
+        x,
+        weight,
+        bias,
+        mean,
+        var,
+        residual=residual,
+        training=from_batch,
+        momentum=momentum,
+        eps=bn.eps,
+        activation=activation,
+    )
+    # NOTE: counted after the op, where nn.BatchNorm2d counts before: a call that raises leaves all
+    # three buffers as they were.
+    if counter is not None:
+        counter.add_(1)
+    return y
+
+
+def _why_not(bn: object, x: object, relu: object = None) -> str:
+    """Why bn(x), and relu if one is given, cannot be the fused op."""
+    why = why_not_context(x) or why_not_module("the norm", bn, nn.BatchNorm2d)
+    if not why and relu is not None:
+        why = why_not_module("relu", relu, nn.ReLU)
+    return why or why_not_state("the norm", cast(nn.BatchNorm2d, bn))
+
+
+# ---- steps of a block ----------------------------------------------------------------------------
+def _norm_relu(bn: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
+    """relu(bn(x)). Asked again here: a hook on the conv before may have changed bn or relu."""
+    state = _fusable(bn, x)
+    if state is not None and plain_module(relu, nn.ReLU):
+        return _fused(cast(nn.BatchNorm2d, bn), state, x, None, "relu")
+    fell_back("batch_norm_act", x, _why_not(bn, x, relu))
+    return cast(Tensor, relu(bn(x)))
+
+
+def _join(block: Any, bn: nn.Module, relu: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    """relu(bn(out) + shortcut of x)."""
+    downsample: nn.Module | None = block.downsample
+    if downsample is not None and _shares_state(downsample, bn):
+        fell_back("batch_norm_act", out, "downsample holds the statistics of the block's last norm")
+        out = bn(out)
+        out += downsample(x)
+        return cast(Tensor, relu(out))
+    identity = x if downsample is None else _shortcut(downsample, x)
+    why = _why_not_add(out, identity)
+    state = _fusable(bn, out) if not why and plain_module(relu, nn.ReLU) else None
+    if state is not None:
+        return _fused(cast(nn.BatchNorm2d, bn), state, out, identity, "relu")
+    fell_back("batch_norm_act", out, why or _why_not(bn, out, relu))
+    out = bn(out)
+    out += identity  # in place, as the plain forward: it decides the dtype and what may broadcast
+    return cast(Tensor, relu(out))
+
+
+def _why_not_add(out: Tensor, identity: Tensor) -> str:
+    """Why the sum of a branch and its shortcut is not the plain one of equals; "" if it is."""
+    if not plain_tensor(identity):
+        return f"the shortcut is a {type(identity).__name__}, not a plain torch.Tensor"
+    if identity.shape != out.shape:
+        return "the shortcut has another shape than the branch"
+    if identity.dtype != out.dtype or identity.device != out.device:
+        return "the shortcut has another dtype or device than the branch"
+    return ""
+
+
+def _shares_state(m: nn.Module, bn: nn.Module) -> bool:
+    """True if m is or holds bn, or a module with the very running statistics of bn.
+
+    The plain forward runs the last norm before the shortcut, the fused one after it. Only where
+    both move the same running statistics could that be told: one norm for several convolutions.
+    """
+    mean = bn._buffers.get("running_mean")
+    if m is bn or (mean is not None and m._buffers.get("running_mean") is mean):
+        return True
+    children = m._modules
+    return bool(children) and any(
+        child is not None and _shares_state(child, bn) for child in children.values()
+    )
+
+
+def _shortcut(downsample: nn.Module, x: Tensor) -> Tensor:
+    """downsample(x), with the norm that ends a plain Sequential as the fused op."""
+    if not downsample._modules:
+        return cast(Tensor, downsample(x))
+    *head, last = cast("list[nn.Module]", downsample._modules.values())
+    if not (plain_module(downsample, nn.Sequential) and plain_module(last, nn.BatchNorm2d)):
+        if isinstance(downsample, nn.Sequential) and isinstance(last, _BatchNorm):
+            why = why_not_module("downsample", downsample, nn.Sequential)
+            why = why or why_not_module("the end of downsample", last, nn.BatchNorm2d)
+            fell_back("batch_norm_act", x, why)
+        return cast(Tensor, downsample(x))
+    for module in head:
+        x = module(x)
+    state = _fusable(last, x)
+    if state is not None:
+        return _fused(cast(nn.BatchNorm2d, last), state, x, None, None)
+    fell_back("batch_norm_act", x, _why_not(last, x))
+    return cast(Tensor, last(x))
+
+
+# ---- blocks --------------------------------------------------------------------------------------
+def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
+    """The forward of He et al.'s two-conv block (torchvision's BasicBlock) on x (N, C, H, W).
+
+    block: a module with conv1, bn1, relu, conv2, bn2 and downsample (a module or None). original:
+    its plain forward, which runs instead where fusing could be noticed.
+    """
+    if not block_ready(block, BASIC, x):
+        return original(x)
+    bn1, bn2, relu = block.bn1, block.bn2, block.relu
+    out = _norm_relu(bn1, relu, block.conv1(x))
+    return _join(block, bn2, relu, block.conv2(out), x)
+
+
+def bottleneck(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
+    """The forward of the three-conv block (torchvision's Bottleneck); see basic_block."""
+    if not block_ready(block, BOTTLENECK, x):
+        return original(x)
+    bn1, bn2, bn3, relu = block.bn1, block.bn2, block.bn3, block.relu
+    out = _norm_relu(bn1, relu, block.conv1(x))
+    out = _norm_relu(bn2, relu, block.conv2(out))
+    return _join(block, bn3, relu, block.conv3(out), x)
+
+
+def preact_block(
+    block: Any, norms: tuple[str, ...], x: Tensor, original: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The forward of a pre-activation block: relu(bn(.)) before each conv, then the plain sum.
+
+    block: a module with relu, downsample (or None), and conv1, conv2, ... after the norms named
+    `norms` (BASIC or BOTTLENECK). The shortcut of a block with a downsample starts at the first
+    activation, as in He et al. 2016. x: (N, C, H, W).
+    """
+    if not block_ready(block, norms, x):
+        return original(x)
+    relu, downsample = block.relu, block.downsample
+    bns = [getattr(block, name) for name in norms]
+    out = _norm_relu(bns[0], relu, x)
+    identity = x if downsample is None else downsample(out)
+    out = block.conv1(out)
+    for i, bn in enumerate(bns[1:], 2):
+        out = getattr(block, f"conv{i}")(_norm_relu(bn, relu, out))
+    out += identity
+    return cast(Tensor, out)
+
+
+def stem(model: Any, x: Tensor, norms: tuple[str, ...] = STEM) -> Tensor:
+    """relu(bn1(x)) of a whole model, x (N, C, H, W) being what its first convolution gave.
+
+    model: a module with relu and the norm named in `norms`; they are called as modules where fusing
+    could be noticed.
+    """
+    bn, relu = getattr(model, norms[0]), model.relu
+    if not block_ready(model, norms, x):
+        return cast(Tensor, relu(bn(x)))
+    return _norm_relu(bn, relu, x)
+
+
+def stem_pool(pool: nn.Module, x: Tensor) -> Tensor:
+    """pool(x), keeping less for the backward where pool is a plain nn.MaxPool2d."""
+    if plain_context(x) and plain_module(pool, nn.MaxPool2d) and plain_max_pool():
+        plain = cast(nn.MaxPool2d, pool)
+        if not plain.return_indices:
+            return max_pool(plain, x)
+    return cast(Tensor, pool(x))

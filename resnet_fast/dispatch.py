@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The one place where an implementation is chosen, call by call, and the choice recorded."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from resnet_fast import config, env
+
+logger = logging.getLogger("resnet_fast")
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
+_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+_HALF = frozenset((torch.float16, torch.bfloat16))
+
+
+class Event(NamedTuple):
+    """One decision: which op or block, which implementation ran, and why not a fast one."""
+
+    op: str
+    impl: str
+    reason: str
+
+
+class _Recorder(threading.local):
+    """Events of this thread, while somebody listens."""
+
+    def __init__(self) -> None:
+        self.lists: list[list[Event]] = []
+
+
+_counts: dict[Event, int] = {}
+_recorder = _Recorder()
+
+
+def note(op: str, impl: str, reason: str = "") -> None:
+    """Record that `impl` runs `op`; `reason` says why it is not a fast one ("" if it is).
+
+    Raises RuntimeError for a fallback under RESNET_FAST_REQUIRE=1, unless it was asked for with
+    use_backend("reference").
+    """
+    if torch.compiler.is_compiling():
+        return  # a side effect in a traced function would be compiled in, or break the graph
+    event = Event(op, impl, reason)
+    count = _counts.get(event, 0)
+    _counts[event] = count + 1
+    for events in _recorder.lists:
+        events.append(event)
+    if impl == "reference" and config.required and config.backend() != "reference":
+        raise RuntimeError(f"RESNET_FAST_REQUIRE=1: {op} would run the reference: {reason}")
+    if count == 0 and config.log_level:
+        _log(event)
+
+
+def _log(event: Event) -> None:
+    if event.impl == "reference":
+        logger.warning("%s runs the reference: %s", event.op, event.reason)
+    elif config.log_level > 1:
+        logger.warning("%s runs %s", event.op, event.impl)
+
+
+def counters() -> dict[Event, int]:
+    """How often each decision was taken since the start or the last reset_counters()."""
+    return dict(_counts)
+
+
+def reset_counters() -> None:
+    """Forget what was counted."""
+    _counts.clear()
+
+
+@contextmanager
+def recording() -> Generator[list[Event], None, None]:
+    """Collect the events of this thread, in order of calls, in the list it yields."""
+    events: list[Event] = []
+    _recorder.lists.append(events)
+    try:
+        yield events
+    finally:
+        # NOTE: by identity: two lists of equal events are equal.
+        _recorder.lists = [other for other in _recorder.lists if other is not events]
+
+
+def choose(op: str, x: Tensor, same: Tensor | None, *channel: Tensor | None) -> str:
+    """The implementation for one call: "cpu" or "reference".
+
+    x: the activation. same: a residual, or None. channel: weight, bias and running statistics.
+    """
+    reason = _why_not(x, same, channel)
+    impl = "reference" if reason else x.device.type
+    note(op, impl, reason)
+    return impl
+
+
+def _why_not(x: Tensor, same: Tensor | None, channel: tuple[Tensor | None, ...]) -> str:
+    """Why no fast implementation can serve this call; "" if one can."""
+    wanted = config.backend()
+    if wanted == "reference":
+        return "use_backend('reference')"
+    unavailable = env.why_unavailable()
+    if unavailable is not None:
+        return unavailable
+    device = x.device.type
+    if device != "cpu" or wanted == "cuda":
+        return _why_not_device(device, wanted)
+    return _why_not_tensors(x, same, channel) or _why_not_mode()
+
+
+def _why_not_device(device: str, wanted: str) -> str:
+    if wanted in ("cpu", "cuda") and wanted != device:
+        return f"use_backend({wanted!r}), and x is on {device}"
+    return f"no kernels for device {device}"
+
+
+def _why_not_tensors(x: Tensor, same: Tensor | None, channel: tuple[Tensor | None, ...]) -> str:
+    dtype = x.dtype
+    if type(x) not in _PLAIN_TYPES:
+        return f"x is a {type(x).__name__}"
+    if dtype not in _DTYPES:
+        return f"no kernels for dtype {dtype}"
+    if x.layout is not torch.strided or x.numel() == 0:
+        return "x is empty" if x.layout is torch.strided else f"x has layout {x.layout}"
+    if same is not None:
+        if type(same) not in _PLAIN_TYPES:
+            return f"residual is a {type(same).__name__}"
+        if same.dtype != dtype or same.shape != x.shape or same.device != x.device:
+            return "residual differs from x in shape, dtype or device"
+    return _why_not_channel(dtype, channel)
+
+
+def _why_not_channel(dtype: torch.dtype, channel: tuple[Tensor | None, ...]) -> str:
+    common: torch.dtype | None = None
+    for t in channel:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN_TYPES:
+            return f"a parameter is a {type(t).__name__}"
+        common = common or t.dtype
+        if t.dtype != common:
+            return "parameters and statistics differ in dtype"
+    if common is None or common == dtype or (common == torch.float32 and dtype in _HALF):
+        return ""
+    return f"x is {dtype} and the parameters are {common}"
+
+
+def _why_not_mode() -> str:
+    """Whether a transformation is at work that only plain PyTorch operators go through."""
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return "torch.export: the graph holds standard operators"
+        return ""
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is active: the graph holds standard operators"
+    return ""

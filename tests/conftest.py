@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fixtures of the whole suite: every implementation of the ops as `impl`, seeds, profiles.
+
+`RESNET_FAST_REQUIRE=1 pytest` (what `make test` runs) fails at once where the compiled kernels did
+not load; otherwise their absence is one visible skip (test_dispatch.py), never a silent one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+# NOTE: taken out of the environment before resnet_fast is imported: the suite also tests calls
+# whose right answer is the reference, and those would raise.
+REQUIRED = os.environ.pop("RESNET_FAST_REQUIRE", "0") == "1"
+
+import hypothesis  # noqa: E402
+import oracle  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import resnet_fast as rf  # noqa: E402
+from resnet_fast import _plain, config, dispatch, env, functional  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "fixed",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("fixed")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of the ops, in force while a test that asks for `impl` runs.
+
+    Its methods are the public functionals; they also assert that this implementation ran.
+    """
+
+    name: str
+    backend: str  # for use_backend
+    ran: str  # dispatch.Event.impl of its calls
+    device: str = "cpu"
+    raw: Any = field(default=torch.ops.resnet_fast, compare=False)
+
+    @property
+    def fast(self) -> bool:
+        """Whether it goes through the raw operators."""
+        return self.ran != "reference"
+
+    def missing(self) -> str | None:
+        """Why it cannot be tested on this machine; None if it can."""
+        return rf.why_unavailable() if self.name == "cpu" else None
+
+    def add_relu(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._call("add_relu", *args, **kwargs)
+
+    def batch_norm_act(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._call("batch_norm_act", *args, **kwargs)
+
+    def conv_bn_act(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._call("conv_bn_act", *args, **kwargs)
+
+    def compare(self, case: oracle.Case) -> None:
+        """Check one case of batch_norm_act by the tolerance rule, its layout too."""
+        oracle.compare(case, self.batch_norm_act, self.device, layout_rule=self.fast)
+
+    def _call(self, op: str, *args: Any, **kwargs: Any) -> Tensor:
+        with dispatch.recording() as events:
+            y = getattr(functional, op)(*args, **kwargs)
+        assert {e.impl for e in events} == {self.ran}, f"{self.name} was to run: {events}"
+        return y
+
+
+# "plain": the raw operators in plain PyTorch behind the same autograd.Function, as on a device
+# without kernels of its own. A new device or emulator is one more row.
+IMPLEMENTATIONS = {
+    i.name: i
+    for i in (
+        Implementation("reference", backend="reference", ran="reference"),
+        Implementation("plain", backend="auto", ran="cpu", raw=_plain),
+        Implementation("cpu", backend="cpu", ran="cpu"),
+    )
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: larger sweeps, run only by an explicit -m")
+    config.addinivalue_line("markers", "implementations(*names): which of them `impl` takes")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+    # Small tensors need no second thread, and xdist's workers share the cores: see two_threads.
+    torch.set_num_threads(1)
+    if REQUIRED and not rf.is_available():
+        pytest.exit(f"RESNET_FAST_REQUIRE=1: {rf.why_unavailable()}", returncode=3)
+
+
+def pytest_report_header() -> str:
+    states = (f"{i.name} ({i.missing() or 'tested'})" for i in IMPLEMENTATIONS.values())
+    return "resnet_fast implementations: " + ", ".join(states)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give `impl` every implementation there is here, or those that @implementations names."""
+    if "impl" not in metafunc.fixturenames:
+        return
+    named = metafunc.definition.get_closest_marker("implementations")
+    names = named.args if named else IMPLEMENTATIONS
+    here = [n for n in names if IMPLEMENTATIONS[n].missing() is None]
+    metafunc.parametrize("impl", here, indirect=True)
+
+
+@pytest.fixture
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An Implementation, switched on for the test."""
+    chosen = IMPLEMENTATIONS[request.param]
+    if chosen.name == "plain":
+        monkeypatch.setattr(env, "_why_unavailable", None)
+        for op in ("add_relu", "batch_norm_act"):
+            for phase in ("forward", "backward"):
+                raw = getattr(_plain, f"{op}_{phase}")
+                monkeypatch.setattr(functional, f"_{op}_{phase}", raw)
+    with rf.use_backend(chosen.backend):
+        yield chosen
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Run the test with two threads; all others run with one."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Every test starts from the same seed and leaves the global settings as they were."""
+    torch.manual_seed(0)
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    yield
+    left = (config.backend(), torch.get_num_threads(), torch.is_grad_enabled())
+    assert left == ("auto", threads, grad), f"a test changed the process: {left}"

@@ -18,6 +18,9 @@ test: build lint
 test-slow: build
 	RESNET_FAST_REQUIRE=1 $(BIN)/python -m pytest -q -m slow tests
 
+test-kernels: build
+	$(BIN)/python -m pytest -q tests/test_kernels.py tests/test_nvcc.py
+
 bench: build
 	$(BIN)/python -m resnet_fast bench
 

@@ -84,19 +84,20 @@ def total_table(rows: list[Row]) -> Table:
     return table
 
 
-def model_table(rows: list[Row]) -> Table:
+def model_tables(rows: list[Row]) -> list[Table]:
     """Training steps; ratios are of ours, within one process."""
-    columns = ("model", "input", "dtype", "allocator", "eager nchw")
-    table = _table(
-        "Training step (p50; channels_last but for the first)",
-        *columns, *TIMED, "vs eager nchw", texts=4,
-    )  # fmt: skip
-    for key, group in _grouped(rows, "name", "shape", "dtype", "allocator").items():
-        nchw = [row["p50"] for row in group if row["layout"] == "nchw"]
-        of = _by_provider(row for row in group if row["layout"] != "nchw")
-        against = _ratio(of.get("ours", {}).get("ratio_vs_eager_nchw"))
-        table.add_row(*key, _seconds(nchw[0] if nchw else None), *_timed(of), against)
-    return table
+    tables = []
+    for (name, shape), of_model in _grouped(rows, "name", "shape").items():
+        title = f"Training step of {name} on {shape} (p50; channels_last but for the first)"
+        columns = ("dtype", "allocator", "eager nchw", *TIMED, "vs nchw")
+        table = _table(title, *columns, texts=2)
+        for key, group in _grouped(of_model, "dtype", "allocator").items():
+            nchw = [row["p50"] for row in group if row["layout"] == "nchw"]
+            of = _by_provider(row for row in group if row["layout"] != "nchw")
+            against = _ratio(of.get("ours", {}).get("ratio_vs_eager_nchw"))
+            table.add_row(*key, _seconds(nchw[0] if nchw else None), *_timed(of), against)
+        tables.append(table)
+    return tables
 
 
 def cross_ratios(rows: Iterable[Row]) -> list[tuple[tuple[str, ...], dict[str, float]]]:
@@ -160,7 +161,7 @@ def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
         if "total" in kinds:
             console.print(total_table(kinds["total"]))
         if "model" in kinds:
-            console.print(model_table(kinds["model"]))
+            console.print(*model_tables(kinds["model"]), sep="\n")
             if found := cross_ratios(kinds["model"]):
                 console.print(cross_table(found))
         if "memory" in kinds:

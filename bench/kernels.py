@@ -6,6 +6,9 @@ Rivals: ``eager`` as torchvision writes it (F.batch_norm, add in place, ReLU in 
 the gradients of x, residual, weight and bias by torch.autograd.grad (nothing is accumulated), and
 free everything inside the timed call, as a training step does. Inputs are in ``dtype``; weight,
 bias and statistics are float32, as under autocast.
+
+``share_of_copy`` is the op's least bytes (layers.bytes_moved) a second, as a share of the speed of
+a large copy. Tensors that fit the last-level cache can exceed 100 %.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import resnet_fast as rf
 
 from .job import MEMORY_FORMATS, Emit, Job, Progress, check_equal
 from .layers import Layer, add_relu_layers, bytes_moved, resnet50_layers
-from .timing import Timings, measure
+from .timing import Timings, measure, quantile
 
 COPY_BYTES = 128 << 20
 Forward = Callable[..., Tensor]
@@ -110,18 +113,33 @@ def _rivals(case: Case, what: str, with_compile: bool) -> dict[str, Callable[[],
     return {name: case.call(forward) for name, forward in forwards.items()}
 
 
-def copy_bandwidth(emit: Emit, quick: bool) -> float:
-    """Bytes per second (read + written) of copying a large tensor between two held buffers."""
-    count = (COPY_BYTES >> (4 if quick else 0)) // 4
-    source, target = torch.ones(count), torch.zeros(count)
-    timings = measure({"copy": lambda: target.copy_(source)}, budget=1.0, max_rounds=15)
-    p20, p50, p80 = timings.quantiles("copy")
-    moved = 2 * 4 * count
-    emit(
-        {
+class CopyMeter:
+    """The machine's copy speed, between two held buffers too large for any cache.
+
+    Sampled right before and after each measurement that refers to it, because on a shared machine
+    the speed changes from minute to minute.
+    """
+
+    def __init__(self, quick: bool) -> None:
+        self.count = (COPY_BYTES >> (4 if quick else 0)) // 4
+        self.bytes = 2 * 4 * self.count  # read and written
+        self._source, self._target = torch.ones(self.count), torch.zeros(self.count)
+        self.seconds: list[float] = []
+
+    def sample(self) -> list[float]:
+        """Seconds of four copies, after one that is not counted."""
+        calls = {"copy": lambda: self._target.copy_(self._source)}
+        found: list[float] = measure(calls, max_rounds=4, warmup=1).seconds["copy"]
+        self.seconds += found
+        return found
+
+    def row(self) -> dict[str, Any]:
+        """All samples of this process as one result row."""
+        p20, p50, p80 = Timings({"copy": self.seconds}).quantiles("copy")
+        return {
             "kind": "copy",
             "name": "copy",
-            "shape": [count],
+            "shape": [self.count],
             "dtype": "float32",
             "layout": "",
             "provider": "eager",
@@ -129,11 +147,10 @@ def copy_bandwidth(emit: Emit, quick: bool) -> float:
             "p20": p20,
             "p50": p50,
             "p80": p80,
-            "bytes": moved,
-            "bytes_per_second": moved / p50,
+            "rounds": len(self.seconds),
+            "bytes": self.bytes,
+            "bytes_per_second": self.bytes / p50,
         }
-    )
-    return moved / p50
 
 
 def ratios(timings: Timings, provider: str) -> dict[str, float]:
@@ -142,7 +159,7 @@ def ratios(timings: Timings, provider: str) -> dict[str, float]:
     return {f"ratio_vs_{base}": timings.ratio(base, provider) for base in bases}
 
 
-def _layer_rows(layer: Layer, dtype: torch.dtype, timings: Timings, copy: float) -> list[Any]:
+def _layer_rows(layer: Layer, dtype: torch.dtype, timings: Timings, bandwidth: float) -> list[Any]:
     rows = []
     for provider in timings.seconds:
         p20, p50, p80 = timings.quantiles(provider)
@@ -160,14 +177,14 @@ def _layer_rows(layer: Layer, dtype: torch.dtype, timings: Timings, copy: float)
         }
         if provider != "compile":  # what a generated kernel moves is the compiler's business
             row["bytes"] = bytes_moved(layer.op, layer.numel, dtype.itemsize, provider)
-            row["share_of_copy"] = row["bytes"] / p50 / copy
+            row["share_of_copy"] = row["bytes"] / p50 / bandwidth
         rows.append(row)
     return rows
 
 
 # (name of the total, the ops it sums)
 TOTALS = (
-    ("resnet50 all batch norms", ("bn", "bn_relu", "bn_add_relu")),
+    ("resnet50 all norms", ("bn", "bn_relu", "bn_add_relu")),
     ("resnet50 bn_add_relu", ("bn_add_relu",)),
     ("resnet50 bn_relu", ("bn_relu",)),
     ("resnet50 add_relu", ("add_relu",)),
@@ -197,7 +214,7 @@ def total_rows(rows: list[dict[str, Any]], batch: int) -> list[dict[str, Any]]:
 
 def run_ops(job: Job, emit: Emit, progress: Progress) -> None:
     """Measure every layer x dtype x layout of ``job`` and emit its rows."""
-    copy = copy_bandwidth(emit, job.quick)
+    copy = CopyMeter(job.quick)
     layers = resnet50_layers(2, 32) if job.quick else resnet50_layers(job.batch)
     layers = (layers + add_relu_layers(layers))[:: 4 if job.quick else 1]
     plan = [(dtype, layout) for dtype in job.dtypes for layout in MEMORY_FORMATS]
@@ -212,9 +229,16 @@ def run_ops(job: Job, emit: Emit, progress: Progress) -> None:
             case = Case(layer, dtype, layout)
             rivals = _rivals(case, what, job.compile and layout == "channels_last")
             limits = (0.05, 2) if job.quick else (0.8, 5)
+            copies = copy.sample()
             timings = measure(rivals, budget=limits[0], min_rounds=limits[1], max_rounds=40)
-            rows += _layer_rows(layer, dtype, timings, copy)
+            copies += copy.sample()
+            bandwidth = copy.bytes / quantile(copies, 0.5)
+            measured = _layer_rows(layer, dtype, timings, bandwidth)
+            for row in measured:
+                emit({**common, **row})
+            rows += measured
             done += 1
-        for row in [*rows, *total_rows(rows, layers[0].shape[0])]:
+        for row in total_rows(rows, layers[0].shape[0]):
             emit({**common, **row})
+    emit(copy.row())
     progress(done, done, "ops")

@@ -58,7 +58,7 @@ def draw(rows: list[Row], path: Path) -> Path | None:
         return None
     machine = (rows[-1]["cpu"], rows[-1]["threads"]) if rows else ("", 0)
     rows = [row for row in rows if (row["cpu"], row["threads"]) == machine]
-    totals = [r for r in rows if r["kind"] == "total" and r["name"] == "resnet50 all batch norms"]
+    totals = [r for r in rows if r["kind"] == "total" and r["name"] == "resnet50 all norms"]
     steps = [row for row in rows if row["kind"] == "model"]
     norms = "All 53 batch norms with ReLU and add,\nforward + backward (ms)"
     panels = [

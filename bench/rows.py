@@ -10,7 +10,8 @@ Kinds and what they add:
 
 - ``op``      p20 p50 p80 (s), rounds, count, bytes, share_of_copy, ratio_vs_eager, ratio_vs_compile
 - ``total``   the op rows summed over a network's layers, each times its count: p20 p50 p80, ratios
-- ``copy``    p20 p50 p80 of one copy, bytes, bytes_per_second: what share_of_copy refers to
+- ``copy``    p20 p50 p80 of one copy, bytes, bytes_per_second, over the whole process; an op's
+              share_of_copy refers to the copies right before and after it
 - ``model``   one training step: p20 p50 p80, rounds, ratios (eager is of the same layout)
 - ``memory``  memory_bytes: activations saved for backward, by unique storage
 """

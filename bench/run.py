@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -50,19 +51,36 @@ def jobs_of(options: Namespace) -> list[Job]:
     ]
 
 
-def _environment() -> dict[str, str]:
-    """The caller's environment without malloc settings: "default" must mean default."""
+def _environment(cache: Path) -> dict[str, str]:
+    """The caller's environment without malloc settings: "default" must mean default.
+
+    cache: where torch.compile keeps what it compiled. One folder a run: the allocator settings
+    share their kernels, and what an interrupted compilation left behind is never met again.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
+    kept["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     return kept
 
 
-def _messages(job: Job) -> Iterator[dict[str, Any]]:
+def last_words(errors: str) -> str:
+    """The error in a process's standard error: its last "SomeError: ...", else its last line."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return (named or lines or ["no message"])[-1]
+
+
+def _messages(job: Job, cache: Path) -> Iterator[dict[str, Any]]:
     """What the worker of ``job`` sends; UserError with its last words where it fails."""
     command = [sys.executable, "-m", "bench.worker", json.dumps(asdict(job))]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=errors, text=True
+            command,
+            cwd=ROOT,
+            env=_environment(cache),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
         assert process.stdout is not None
         try:
@@ -74,8 +92,7 @@ def _messages(job: Job) -> Iterator[dict[str, Any]]:
             code = process.wait()
         if code != 0:
             errors.seek(0)
-            words = [line for line in errors.read().splitlines() if line.strip()]
-            reason = words[-1] if words else "no message"
+            reason = last_words(errors.read())
             raise UserError(f"the benchmark process stopped with code {code}: {reason}")
 
 
@@ -83,11 +100,11 @@ def measure(jobs: list[Job], keep: Callable[[Row], None], console: Console) -> l
     """Run the jobs one after the other, hand each row to ``keep``; returns remarks to print."""
     remarks: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with tempfile.TemporaryDirectory() as cache, Progress(*columns, console=console) as bar:
         for job in jobs:
             title = f"{job.sections[0]} ({job.allocator} allocator)"
             task = bar.add_task(title, total=None)
-            for message in _messages(job):
+            for message in _messages(job, Path(cache)):
                 if "row" in message:
                     keep(message["row"])
                 elif "progress" in message:

@@ -31,7 +31,7 @@ def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
         return cast(Tensor, pool(x))
     settings = [
         [v, v] if isinstance(v, int) else list(v)
-        for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        for v in (pool.kernel_size, pool.stride or pool.kernel_size, pool.padding, pool.dilation)
     ]
     return cast(Tensor, _MaxPool.apply(x, settings, pool.ceil_mode)[0])
 

@@ -87,25 +87,29 @@ def _fused(
             counter = bn.num_batches_tracked
         else:
             mean = var = None
-    if momentum is None:  # the cumulative average
-        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
-    y = functional.batch_norm_act(
-        x,
-        weight,
-        bias,
-        mean,
-        var,
-        residual=residual,
-        training=from_batch,
-        momentum=momentum,
-        eps=bn.eps,
-        activation=activation,
-    )
-    # NOTE: counted after the op, where nn.BatchNorm2d counts before: a call that raises leaves all
-    # three buffers as they were.
+    # NOTE: counted before the op, as nn.BatchNorm2d does: checkpoint(use_reentrant=False) leaves
+    # the last op of a recomputation by an exception. A refused call takes the count back.
     if counter is not None:
         counter.add_(1)
-    return y
+    if momentum is None:  # the cumulative average
+        momentum = 0.0 if counter is None else 1.0 / float(counter)
+    try:
+        return functional.batch_norm_act(
+            x,
+            weight,
+            bias,
+            mean,
+            var,
+            residual=residual,
+            training=from_batch,
+            momentum=momentum,
+            eps=bn.eps,
+            activation=activation,
+        )
+    except (ValueError, TypeError, RuntimeError):
+        if counter is not None:
+            counter.sub_(1)
+        raise
 
 
 def _why_not(bn: object, x: object, relu: object = None) -> str:
@@ -202,7 +206,8 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
         return original(x)
     bn1, bn2, relu = block.bn1, block.bn2, block.relu
     out = _norm_relu(bn1, relu, block.conv1(x))
-    return _join(block, bn2, relu, block.conv2(out), x)
+    out = block.conv2(out)  # by this name, so that the activation before can be freed
+    return _join(block, bn2, relu, out, x)
 
 
 def bottleneck(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
@@ -212,7 +217,8 @@ def bottleneck(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> T
     bn1, bn2, bn3, relu = block.bn1, block.bn2, block.bn3, block.relu
     out = _norm_relu(bn1, relu, block.conv1(x))
     out = _norm_relu(bn2, relu, block.conv2(out))
-    return _join(block, bn3, relu, block.conv3(out), x)
+    out = block.conv3(out)
+    return _join(block, bn3, relu, out, x)
 
 
 def preact_block(

@@ -16,6 +16,7 @@ from typing import Any
 # whose right answer is the reference, and those would raise.
 REQUIRED = os.environ.pop("RESNET_FAST_REQUIRE", "0") == "1"
 
+import cases  # noqa: E402
 import hypothesis  # noqa: E402
 import oracle  # noqa: E402
 import pytest  # noqa: E402
@@ -66,7 +67,7 @@ class Implementation:
     def conv_bn_act(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._call("conv_bn_act", *args, **kwargs)
 
-    def compare(self, case: oracle.Case) -> None:
+    def compare(self, case: cases.Case) -> None:
         """Check one case of batch_norm_act by the tolerance rule, its layout too."""
         oracle.compare(case, self.batch_norm_act, self.device, layout_rule=self.fast)
 

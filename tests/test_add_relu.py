@@ -7,7 +7,8 @@ from itertools import product
 
 import pytest
 import torch
-from oracle import LAYOUTS, assert_layout, lay, word
+from cases import word
+from layouts import LAYOUTS, assert_layout, lay
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +71,7 @@ def test_equals_eager(impl, shape: tuple[int, ...], layout: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 5, 3), (2, 3, 4, 3, 2)], ids=word)
-@pytest.mark.parametrize("grad_layout", (*LAYOUTS, "scalar"))
+@pytest.mark.parametrize("grad_layout", [*LAYOUTS, "scalar"])
 def test_mixed_layouts(impl, shape: tuple[int, ...], grad_layout: str) -> None:
     for x_layout, residual_layout in product(LAYOUTS, LAYOUTS):
         x, residual = lay(torch.randn(shape), x_layout), lay(torch.randn(shape), residual_layout)

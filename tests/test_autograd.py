@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from itertools import product
 
-import oracle
+import cases
 import pytest
 import torch
-from oracle import Case, word
+from cases import Case, word
 from torch import Tensor
 
 from resnet_fast import functional
@@ -46,7 +46,7 @@ def _call(impl, t: dict[str, Tensor | None], **changes) -> Tensor:
 def test_saved_tensors(impl, shape, residual: str, activation: str | None, layout: str) -> None:
     """x itself, the parameters, mean, invstd; for a join with ReLU one bit an element; no more."""
     case = Case(shape=shape, residual=residual, activation=activation, layout=layout)
-    inputs = oracle.make(case, impl.device)
+    inputs = cases.make(case, impl.device)
     x = inputs.x.requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -141,11 +141,13 @@ def test_two_forwards_before_two_backwards(impl) -> None:
 
     def gradients(ys, ts, g):
         names = ("x", "weight", "bias", "residual")
-        return [torch.autograd.grad(y, [t[n] for n in names], v) for y, t, v in zip(ys, ts, g)]
+        return [
+            torch.autograd.grad(y, [t[n] for n in names], v)
+            for y, t, v in zip(ys, ts, g, strict=True)
+        ]
 
     apart = [
-        gradients([_call(impl, t)], [t], [g])[0]
-        for t, g in ((first, grads[0]), (second, grads[1]))
+        gradients([_call(impl, t)], [t], [g])[0] for t, g in ((first, grads[0]), (second, grads[1]))
     ]
     together = gradients([_call(impl, first), _call(impl, second)], [first, second], grads)
     for a, b in zip(apart, together, strict=True):

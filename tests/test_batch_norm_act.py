@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from itertools import product
 
+import cases
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import HALF, LAYOUTS, Case, check, word
+from cases import HALF, Case, word
+from layouts import LAYOUTS
+from oracle import check
 
 import resnet_fast as rf
 
@@ -141,11 +144,12 @@ def test_hard_values(impl, case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.implementations("cpu")
 @pytest.mark.parametrize("shape", SHAPES, ids=word)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_everything_with_everything(impl, shape: tuple[int, ...], layout: str) -> None:
     for (d, p), t, (r, a), aff, g in product(
-        DTYPES, (True, False), JOINS, ("both", "weight", "none"), LAYOUTS
+        DTYPES, (True, False), JOINS, ("both", "none"), ("contiguous", "channels_last", "expanded")
     ):
         impl.compare(
             Case(
@@ -176,7 +180,7 @@ def test_large(impl, dtype: torch.dtype, layout: str, residual: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_mean_small_deviation_stays_right(impl, layout: str) -> None:
     """Mean 1e4, deviation 1e-2 in float32: the variance to 1 %, where E[x^2] - E[x]^2 gives 0."""
-    inputs = oracle.make(Case(shape=(64, 8, 14, 14), values="offset", layout=layout), impl.device)
+    inputs = cases.make(Case(shape=(64, 8, 14, 14), values="offset", layout=layout), impl.device)
     mean, var = torch.zeros(8), torch.ones(8)
     y = impl.batch_norm_act(
         inputs.x, None, None, mean, var, training=True, momentum=1.0, eps=1e-9, activation=None
@@ -202,7 +206,7 @@ def test_running_statistics_by_hand(impl, momentum: float) -> None:
 
 
 def test_eval_leaves_running_statistics_alone(impl) -> None:
-    inputs = oracle.make(Case(training=False), impl.device)
+    inputs = cases.make(Case(training=False), impl.device)
     before = inputs.running_mean.clone(), inputs.running_var.clone()
     oracle.run(impl.batch_norm_act, inputs, Case(training=False))
     assert torch.equal(inputs.running_mean, before[0])
@@ -219,6 +223,29 @@ def test_half_statistics_are_not_rounded_on_the_way(impl, dtype: torch.dtype) ->
     check("running_var", var, want.to(dtype), want)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_parameters_and_statistics_of_any_stride(impl, training: bool) -> None:
+    """Every second element of a buffer, or one value for all channels; written where they lie."""
+    case = Case(training=training, residual="tensor")
+    inputs = cases.make(case, impl.device)
+    want = oracle.run(impl.batch_norm_act, inputs, case)
+    strided = {}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        room = torch.full((2 * 7 + 1,), -1.0)
+        strided[name] = room[1::2]
+        strided[name].copy_(getattr(inputs, name))
+    y = impl.batch_norm_act(inputs.x, **strided, residual=inputs.residual, training=training)
+    torch.testing.assert_close(y, want["y"])
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(strided[name], want[name])
+        assert (strided[name]._base[::2] == -1).all(), "written between the elements"
+    one = torch.ones(1).expand(7)
+    torch.testing.assert_close(
+        impl.batch_norm_act(inputs.x, one, None, one.clone(), one.clone()),
+        impl.batch_norm_act(inputs.x, one.clone(), None, one, one),
+    )
+
+
 # ---- special values ------------------------------------------------------------------------------
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("into", ["x", "weight", "bias", "running_mean", "running_var", "grad"])
@@ -231,13 +258,13 @@ def test_special_values_go_where_eager_has_them(
     special = float("nan") if into == "weight" else special
     for dtype, training in product((torch.float32, torch.bfloat16), (True, False)):
         case = Case(dtype=dtype, training=training, residual=residual)
-        inputs = oracle.make(case, impl.device)
+        inputs = cases.make(case, impl.device)
         target = getattr(inputs, into)
         target[(1, 2, 3, 1) if target.dim() == 4 else 2] = special
         _assert_special_as_eager(impl, inputs, case)
 
 
-def _assert_special_as_eager(impl, inputs: oracle.Inputs, case: Case) -> None:
+def _assert_special_as_eager(impl, inputs: cases.Inputs, case: Case) -> None:
     ours = oracle.run(impl.batch_norm_act, inputs, case)
     eager = oracle.run(oracle.eager_batch_norm_act, inputs, case)
     for name, result in ours.items():
@@ -252,7 +279,7 @@ def _assert_special_as_eager(impl, inputs: oracle.Inputs, case: Case) -> None:
 def test_special_values_in_the_residual(impl) -> None:
     for special, training in product((float("nan"), float("inf"), -float("inf")), (True, False)):
         case = Case(training=training, residual="tensor")
-        inputs = oracle.make(case, impl.device)
+        inputs = cases.make(case, impl.device)
         inputs.residual[1, 2, 3, 1] = special
         _assert_special_as_eager(impl, inputs, case)
 
@@ -289,7 +316,7 @@ def test_a_constant_channel_gives_the_bias(impl) -> None:
 def test_empty(shape: tuple[int, ...], training: bool, backend: str) -> None:
     """An empty batch: empty output, zero parameter gradients, as eager; statistics as eager's."""
     case = Case(shape=shape, training=training)
-    inputs = oracle.make(case)
+    inputs = cases.make(case)
     with rf.use_backend(backend):
         ours = oracle.run(rf.functional.batch_norm_act, inputs, case)
     eager = oracle.run(oracle.eager_batch_norm_act, inputs, case)
@@ -325,10 +352,10 @@ def test_under_autocast(impl, dtype: torch.dtype, residual: str) -> None:
 
         return under_autocast
 
-    inputs = oracle.make(case, impl.device)
+    inputs = cases.make(case, impl.device)
     ours = oracle.run(cast(impl.batch_norm_act), inputs, case)
     eager = oracle.run(cast(oracle.eager_batch_norm_act), inputs, case)
     exact = oracle.run(oracle.exact_batch_norm_act, inputs.to(torch.float64), case)
-    sizes = oracle.magnitudes(inputs, case)
+    sizes = cases.magnitudes(inputs, case)
     for name, result in ours.items():
         check(name, result, eager[name], exact[name], magnitude=sizes[name], context=case)

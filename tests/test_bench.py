@@ -152,7 +152,7 @@ def test_totals_weigh_layers_by_their_count() -> None:
         {"name": "bn", "count": 1, "provider": "ours", **times},
     ]
     totals = {(r["name"], r["provider"]): r for r in kernels.total_rows(measured, 16)}
-    whole = totals["resnet50 all batch norms", "ours"]
+    whole = totals["resnet50 all norms", "ours"]
     assert whole["p50"] == 3 * 2.0 + 2.0
     assert whole["ratio_vs_eager"] == (3 * 8.0 + 2.0) / 8.0
     assert totals["resnet50 bn_relu", "ours"]["ratio_vs_eager"] == 4.0
@@ -218,7 +218,7 @@ def test_show_prints_every_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     measured = [
         a_row(), a_row(layout="nchw", p50=4.0), a_row(provider="ours", allocator="tuned", p50=2.0),
         a_row(**timed), a_row(**timed, provider="ours", ratio_vs_eager=1.75, share_of_copy=0.87),
-        a_row(kind="total", name="resnet50 all batch norms", shape=[16]),
+        a_row(kind="total", name="resnet50 all norms", shape=[16]),
         a_row(kind="memory", memory_bytes=2**30),
         a_row(kind="memory", provider="ours", memory_bytes=2**29, ratio_vs_eager=2.0),
         a_row(kind="copy", name="copy", bytes_per_second=1.2e10),
@@ -227,7 +227,7 @@ def test_show_prints_every_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
         rows.append(path, row)
     assert cli.main(["bench", "--show", "--layers", "--results", str(path)]) == 0
     out = capsys.readouterr().out
-    for part in ("12.0 GB/s", "1.75x", "87%", "512 MiB", "two processes", "all batch norms"):
+    for part in ("12.0 GB/s", "1.75x", "87%", "512 MiB", "two processes", "all norms"):
         assert part in out
 
 
@@ -241,9 +241,20 @@ def test_jobs_of_the_options() -> None:
     assert jobs("--ops", "--allocator", "tuned") == [("ops", "tuned")]
 
 
-def test_default_means_the_default_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_means_the_default_allocator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "-1")
-    assert "MALLOC_TRIM_THRESHOLD_" not in run._environment()
+    assert "MALLOC_TRIM_THRESHOLD_" not in run._environment(tmp_path)
+
+
+def test_last_words_name_the_error() -> None:
+    words = (
+        "Traceback\n  File x\ntorch._inductor.exc.InductorError: no compiler\n\nSet FLAGS for more"
+    )
+    assert run.last_words(words) == "torch._inductor.exc.InductorError: no compiler"
+    assert run.last_words("Killed\n") == "Killed"
+    assert run.last_words("") == "no message"
 
 
 # ---- end to end ----------------------------------------------------------------------------------
@@ -265,7 +276,7 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert row["ratio_vs_eager"] > 0
     memory = {row["provider"]: row["memory_bytes"] for row in found if row["kind"] == "memory"}
     assert 0 < memory["ours"] < 1.1 * memory["eager"]
-    assert "Training step" in capsys.readouterr().out
+    assert "Training step of resnet18" in capsys.readouterr().out
     if plot.draw(found, tmp_path / "plot.png"):
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

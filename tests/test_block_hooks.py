@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules import module as nn_module
 from torchvision_blocks import Change, X, check, make, run_twins
 from twins import Log, reasons, step, twin
@@ -31,66 +31,66 @@ def name_in_reason(part: str) -> str:
     return {"downsample.1": "the end of downsample"}.get(part, part)
 
 
-def forward_hook(m: nn.Module, part: str, log: Log) -> None:
+def forward_hook(m: Any, part: str, log: Log) -> None:
     m.register_forward_hook(lambda _, args, out: log.add(part, args[0], out))
 
 
-def forward_hook_kwargs(m: nn.Module, part: str, log: Log) -> None:
-    def hook(_: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
+def forward_hook_kwargs(m: Any, part: str, log: Log) -> None:
+    def hook(_: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         log.add(part, args[0], len(kwargs), out)
 
     m.register_forward_hook(hook, with_kwargs=True, always_call=True, prepend=True)
 
 
-def forward_hook_changing(m: nn.Module, part: str, log: Log) -> None:
-    def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+def forward_hook_changing(m: Any, part: str, log: Log) -> None:
+    def hook(_: Any, __: Any, out: Tensor) -> Tensor:
         log.add(part, out)
         return out * 1.25 - 0.125
 
     m.register_forward_hook(hook)
 
 
-def forward_pre_hook(m: nn.Module, part: str, log: Log) -> None:
+def forward_pre_hook(m: Any, part: str, log: Log) -> None:
     m.register_forward_pre_hook(lambda _, args: log.add(part, args[0]))
 
 
-def forward_pre_hook_changing(m: nn.Module, part: str, log: Log) -> None:
-    def hook(_: nn.Module, args: Any) -> Tensor:
+def forward_pre_hook_changing(m: Any, part: str, log: Log) -> None:
+    def hook(_: Any, args: Any) -> Tensor:
         log.add(part, *args)
         return args[0] * 1.5
 
     m.register_forward_pre_hook(hook)
 
 
-def backward_hook(m: nn.Module, part: str, log: Log) -> None:
+def backward_hook(m: Any, part: str, log: Log) -> None:
     m.register_full_backward_hook(lambda _, gi, go: log.add(part, *gi, *go))
 
 
-def backward_hook_changing(m: nn.Module, part: str, log: Log) -> None:
-    def hook(_: nn.Module, grad_in: Any, grad_out: Any) -> Any:
+def backward_hook_changing(m: Any, part: str, log: Log) -> None:
+    def hook(_: Any, grad_in: Any, grad_out: Any) -> Any:
         log.add(part, *grad_in, *grad_out)
         return tuple(g * 0.5 for g in grad_in)
 
     m.register_full_backward_hook(hook)
 
 
-def backward_pre_hook(m: nn.Module, part: str, log: Log) -> None:
+def backward_pre_hook(m: Any, part: str, log: Log) -> None:
     m.register_full_backward_pre_hook(lambda _, go: log.add(part, *go))
 
 
-def legacy_backward_hook(m: nn.Module, part: str, log: Log) -> None:
+def legacy_backward_hook(m: Any, part: str, log: Log) -> None:
     m.register_backward_hook(lambda _, gi, go: log.add(part, *gi, *go))
 
 
-def retain_output(m: nn.Module, part: str, log: Log) -> None:
-    def hook(_: nn.Module, __: Any, out: Tensor) -> None:
+def retain_output(m: Any, part: str, log: Log) -> None:
+    def hook(_: Any, __: Any, out: Tensor) -> None:
         out.register_hook(lambda grad: log.add(part, grad))
 
     m.register_forward_hook(hook)
 
 
 def on(part: str, hook: Callable[..., None]) -> Change:
-    def change(m: nn.Module, log: Log) -> None:
+    def change(m: Any, log: Log) -> None:
         log.expected = True
         hook(m.get_submodule(part), part, log)
 
@@ -130,7 +130,7 @@ def test_full_backward_hooks_on_every_part(part: str, hook: Callable[..., None])
 
 @pytest.mark.parametrize("part", REFUSED)
 def test_the_error_of_inplace_relu_under_a_backward_hook_is_pytorchs(part: str) -> None:
-    def message(model: nn.Module) -> str:
+    def message(model: Any) -> str:
         model.get_submodule(part).register_full_backward_hook(lambda *_: None)
         with pytest.raises(RuntimeError, match="is a view and is being modified inplace") as info:
             step(model, X)
@@ -145,7 +145,7 @@ def test_the_error_of_inplace_relu_under_a_backward_hook_is_pytorchs(part: str) 
 def test_full_backward_hooks_where_relu_is_not_in_place(
     part: str, hook: Callable[..., None]
 ) -> None:
-    def change(m: nn.Module, log: Log) -> None:
+    def change(m: Any, log: Log) -> None:
         m.relu.inplace = False
         on(part, hook)(m, log)
 
@@ -166,10 +166,10 @@ def test_register_backward_hook_of_old(part: str) -> None:
 @pytest.mark.parametrize("which", ["forward", "forward_pre"])
 def test_hooks_on_all_modules(which: str) -> None:
     @contextmanager
-    def change(m: nn.Module, log: Log) -> Iterator[None]:
+    def change(m: Any, log: Log) -> Iterator[None]:
         log.expected = True
 
-        def hook(module: nn.Module, *values: Any) -> None:
+        def hook(module: Any, *values: Any) -> None:
             tensors = [v[0] if isinstance(v, tuple) else v for v in values]
             log.add(type(module).__name__, *tensors)
 
@@ -205,7 +205,7 @@ def test_a_hook_that_comes_and_goes() -> None:
 
 @pytest.mark.parametrize("part", ["bn1", "bn2", "relu", "downsample.1"])
 def test_a_hook_registered_while_the_block_runs(part: str) -> None:
-    def change(m: nn.Module, log: Log) -> None:
+    def change(m: Any, log: Log) -> None:
         def register(*_: Any) -> None:
             forward_hook(m.get_submodule(part), part, log)
 
@@ -216,7 +216,7 @@ def test_a_hook_registered_while_the_block_runs(part: str) -> None:
 
 
 def test_a_changed_mode_while_the_block_runs() -> None:
-    def change(m: nn.Module, _: Log) -> None:
+    def change(m: Any, _: Log) -> None:
         m.conv2.register_forward_hook(lambda *_: m.bn2.eval() and None)
 
     check("basic", change, None)

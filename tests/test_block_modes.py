@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torchvision_blocks import KINDS, X, check, make, tv
 from twins import Log, assert_same, reasons, step, twin
 
@@ -59,6 +60,11 @@ def test_tensor_subclasses_take_the_plain_path() -> None:
     assert ("batch_norm_act", "the norm.weight is a Tagged") in reasons(lambda: block(X))
     block.conv1.register_forward_hook(lambda _, __, out: out.as_subclass(Tagged))
     assert "is a Tagged" in reasons(lambda: block(X))[0][1]
+
+    block = accelerate(make("basic_down"))
+    block.downsample.register_forward_hook(lambda _, __, out: out.as_subclass(Tagged))
+    why = "the shortcut is a Tagged, not a plain torch.Tensor"
+    assert ("batch_norm_act", why) in reasons(lambda: block(X))
 
 
 # ---- modes, patches, tracers ---------------------------------------------------------------------
@@ -126,7 +132,7 @@ def test_symbolic_tracing_sees_the_plain_graph() -> None:
         ours = accelerate(twin(theirs))
         assert not reasons(lambda m=ours: torch.fx.symbolic_trace(m))
 
-        def nodes(m: nn.Module) -> list[tuple[str, str]]:
+        def nodes(m: Any) -> list[tuple[str, str]]:
             return [(n.op, str(n.target)) for n in torch.fx.symbolic_trace(m).graph.nodes]
 
         assert nodes(ours) == nodes(theirs)
@@ -142,12 +148,29 @@ def test_jit_trace_takes_the_plain_path() -> None:
     assert fell_back[0][1].startswith("torch.jit.trace is active")
 
 
+# ---- checkpointing -------------------------------------------------------------------------------
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_moves_statistics_as_in_the_plain_block(kind: str, reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=reentrant)
+
+    theirs = make(kind)
+    ours = Checkpointed(accelerate(twin(theirs)))
+    assert_same(step(ours, X, 2), step(Checkpointed(theirs), X, 2))
+
+
 # ---- transformations -----------------------------------------------------------------------------
 def test_second_order_gradients() -> None:
     theirs = make("basic_down")
     ours = accelerate(twin(theirs))
 
-    def penalty(m: nn.Module) -> list[Tensor]:
+    def penalty(m: Any) -> list[Tensor]:
         x = X.clone().requires_grad_()
         (grad,) = torch.autograd.grad(m(x).square().sum(), x, create_graph=True)
         return list(torch.autograd.grad(grad.square().sum(), [x, *m.parameters()]))
@@ -160,7 +183,7 @@ def test_torch_func_transformations() -> None:
     theirs = make("basic_down").eval()
     ours = accelerate(twin(theirs))
 
-    def per_sample(m: nn.Module) -> dict[str, Tensor]:
+    def per_sample(m: Any) -> dict[str, Tensor]:
         parameters = {k: p.detach() for k, p in m.named_parameters()}
 
         def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:

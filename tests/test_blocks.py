@@ -19,7 +19,7 @@ from torchvision_blocks import KINDS, Change, X, check, make, run_twins
 from twins import Log, image, randomise, reasons, twin
 
 import resnet_fast as rf
-from resnet_fast import blocks
+from resnet_fast import blocks, dispatch
 from resnet_fast.convert import accelerate
 
 
@@ -64,7 +64,7 @@ class MyNorm(nn.BatchNorm2d):
 class LowRank(nn.Module):
     """A convolution with a trained low-rank addition, as LoRA has it."""
 
-    def __init__(self, plain: nn.Module) -> None:
+    def __init__(self, plain: Any) -> None:
         super().__init__()
         self.plain = plain
         self.down, self.up = conv(8, 2), conv(2, 8)
@@ -74,7 +74,7 @@ class LowRank(nn.Module):
 
 
 def replace(name: str, build: Callable[[nn.Module], Any]) -> Change:
-    def change(m: nn.Module, _: Log) -> None:
+    def change(m: Any, _: Log) -> None:
         torch.manual_seed(6)
         at, _, child = name.rpartition(".")
         parent = m.get_submodule(at)
@@ -87,7 +87,7 @@ def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 1, stride, bias=False, dtype=torch.float64)
 
 
-def resnet_d(old: Any) -> nn.Module:
+def resnet_d(old: Any) -> Any:
     return nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), conv(8, 8), old[1])
 
 
@@ -139,13 +139,15 @@ def test_deleted_modules_give_the_error_of_the_plain_block() -> None:
         change(block)
         with pytest.raises(error) as theirs:
             block(X)
-        with pytest.raises(error) as ours:
+        with dispatch.recording() as events, pytest.raises(error) as ours:
             accelerate(block)(X)
         assert str(ours.value) == str(theirs.value)
+        said = {event.reason for event in events if event.op == "BasicBlock"}
+        assert all(reason.endswith(" is None or missing") for reason in said)
 
 
 def test_module_replaced_by_a_function() -> None:
-    def change(m: nn.Module, _: Log) -> None:
+    def change(m: Any, _: Log) -> None:
         del m.relu
         m.relu = F.gelu
 
@@ -155,7 +157,7 @@ def test_module_replaced_by_a_function() -> None:
 def test_forward_replaced_on_the_object() -> None:
     for name in ("bn1", "bn2", "relu"):
 
-        def change(m: nn.Module, log: Log, name: str = name) -> None:
+        def change(m: Any, log: Log, name: str = name) -> None:
             part = m.get_submodule(name)
             plain = part.forward
 
@@ -180,14 +182,14 @@ def test_parametrized_and_pruned_norms() -> None:
         def forward(self, w: Tensor) -> Tensor:
             return F.softplus(w)
 
-    def parametrized(m: nn.Module, _: Log) -> None:
+    def parametrized(m: Any, _: Log) -> None:
         nn.utils.parametrize.register_parametrization(m.bn1, "weight", Positive())
 
-    def pruned(m: nn.Module, _: Log) -> None:
+    def pruned(m: Any, _: Log) -> None:
         torch.manual_seed(0)
         prune.random_unstructured(m.bn2, "weight", 0.5)
 
-    def pruned_conv(m: nn.Module, _: Log) -> None:
+    def pruned_conv(m: Any, _: Log) -> None:
         prune.l1_unstructured(m.conv2, "weight", 0.5)
         nn.utils.parametrizations.weight_norm(m.conv1)
 
@@ -203,24 +205,24 @@ def test_sync_batch_norm_is_not_fused() -> None:
 
 
 # ---- shared modules ------------------------------------------------------------------------------
-def share_branch(m: nn.Module, _: Log) -> None:
+def share_branch(m: Any, _: Log) -> None:
     m.bn2 = m.bn1
 
 
-def share_shortcut(m: nn.Module, _: Log) -> None:
+def share_shortcut(m: Any, _: Log) -> None:
     m.downsample[1] = m.bn2
 
 
-def share_buffers(m: nn.Module, _: Log) -> None:
+def share_buffers(m: Any, _: Log) -> None:
     for name in ("running_mean", "running_var"):
         setattr(m.downsample[1], name, getattr(m.bn2, name))
 
 
-def share_deep(m: nn.Module, _: Log) -> None:
+def share_deep(m: Any, _: Log) -> None:
     m.downsample = nn.Sequential(nn.Sequential(m.downsample[0], m.bn2), nn.BatchNorm2d(8).double())
 
 
-def share_whole(m: nn.Module, _: Log) -> None:
+def share_whole(m: Any, _: Log) -> None:
     m.conv1.stride, m.downsample = (1, 1), m.bn2
 
 
@@ -242,38 +244,38 @@ def test_one_norm_in_two_places(share: Change, why: str | None) -> None:
 
 
 # ---- states of a batch norm ----------------------------------------------------------------------
-def all_norms(change: Callable[[nn.BatchNorm2d], Any]) -> Change:
-    def apply(m: nn.Module, _: Log) -> None:
+def all_norms(change: Callable[[Any], Any]) -> Change:
+    def apply(m: Any, _: Log) -> None:
         for norm in [n for n in m.modules() if isinstance(n, nn.BatchNorm2d)]:
             change(norm)
 
     return apply
 
 
-def rebuilt(m: nn.Module, **kwargs: Any) -> None:
+def rebuilt(m: Any, **kwargs: Any) -> None:
     for name in ("bn1", "bn2", "downsample.1"):
         at, _, child = name.rpartition(".")
         norm = randomise(nn.BatchNorm2d(8, **kwargs), seed=len(name))
         setattr(m.get_submodule(at), child, norm)
 
 
-def freeze(norm: nn.BatchNorm2d) -> None:
+def freeze(norm: Any) -> None:
     norm.eval().requires_grad_(False)
 
 
-def frozen_with_gradients(norm: nn.BatchNorm2d) -> None:
+def frozen_with_gradients(norm: Any) -> None:
     norm.eval()
 
 
-def drop_statistics(norm: nn.BatchNorm2d) -> None:
+def drop_statistics(norm: Any) -> None:
     norm.running_mean = norm.running_var = None
 
 
-def untrack(norm: nn.BatchNorm2d) -> None:
+def untrack(norm: Any) -> None:
     norm.track_running_stats = False
 
 
-def untrack_eval(norm: nn.BatchNorm2d) -> None:
+def untrack_eval(norm: Any) -> None:
     norm.eval().track_running_stats = False
 
 
@@ -297,6 +299,12 @@ STATES: dict[str, Change] = {
     "bias_dropped": all_norms(lambda n: n.register_parameter("bias", None)),
     "train_inside_eval": lambda m, _: m.eval().bn1.train() and None,
     "eval_inside_train": lambda m, _: m.bn2.eval() and None,
+    "weight_in_front_of_the_parameter": all_norms(
+        lambda n: n.__dict__.update(weight=torch.full((8,), 0.3).double())
+    ),
+    "statistics_in_front_of_the_buffers": all_norms(
+        lambda n: n.__dict__.update(running_mean=torch.full((8,), 0.3).double())
+    ),
     "weight_as_plain_tensor": all_norms(
         lambda n: (delattr(n, "weight"), setattr(n, "weight", torch.full((8,), 0.7).double()))
     ),
@@ -309,7 +317,7 @@ def test_states_of_the_norms(state: str) -> None:
 
 
 def test_one_statistic_without_the_other_is_left_to_pytorch() -> None:
-    def change(m: nn.Module, _: Log) -> None:
+    def change(m: Any, _: Log) -> None:
         m.bn1.running_var = None
 
     theirs = make("basic")
@@ -318,10 +326,12 @@ def test_one_statistic_without_the_other_is_left_to_pytorch() -> None:
     for m in (theirs, ours):
         change(m, Log())
         m.eval()
-        with pytest.raises(RuntimeError) as info:
+        with dispatch.recording() as events, pytest.raises(RuntimeError) as info:
             m(X)
         messages.append(str(info.value))
     assert messages[0] == messages[1]
+    why = "the norm has one of running_mean and running_var without the other"
+    assert events == [("batch_norm_act", "reference", why)]
 
 
 def test_a_failed_call_leaves_the_statistics_alone() -> None:

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import cases
+import layouts
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Case, Inputs, Results, check, exact_batch_norm_act, word
+from cases import Case, Inputs, Results, word
+from oracle import check, exact_batch_norm_act
 from torch import Tensor
 
 from resnet_fast import dispatch, functional
@@ -63,19 +66,19 @@ def make(conv: Conv, case: Case) -> Tensors:
     shape = (OUT, IN // conv.groups, conv.kernel, conv.kernel)
     conv_weight = (torch.randn(shape, generator=rng) / 6).to(case.dtype)
     exact = F.conv2d(x.double(), conv_weight.double(), **conv.arguments())
-    case = oracle.changed(case, shape=tuple(exact.shape))
-    rest = oracle.make(case)
+    case = replace(case, shape=tuple(exact.shape))
+    rest = cases.make(case)
     rest.x = exact
     rounded = F.conv2d(x, conv_weight, **conv.arguments()).double()
     z, moved = (
-        oracle.preactivation(Inputs(**vars(rest) | {"x": t}), case) for t in (exact, rounded)
+        cases.preactivation(Inputs(**vars(rest) | {"x": t}), case) for t in (exact, rounded)
     )
     # The kink, and the elements that the convolution's own rounding may take across it.
-    near = oracle.kink(rest, case) | (z.abs() <= 4 * (z - moved).abs().max())
+    near = cases.kink(rest, case) | (z.abs() <= 4 * (z - moved).abs().max())
     if case.activation == "relu":
         rest.grad = rest.grad.masked_fill(near, 0.0)
     if case.layout == "channels_last":
-        x, conv_weight = oracle.channels_last(x), oracle.channels_last(conv_weight)
+        x, conv_weight = layouts.channels_last(x), layouts.channels_last(conv_weight)
     return Tensors(x, conv_weight, rest)
 
 
@@ -112,7 +115,7 @@ def composed(then: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def magnitudes(t: Tensors, conv: Conv, case: Case) -> Results:
     """Those of batch_norm_act, and the convolution's gradients with absolute terms."""
-    sizes = oracle.magnitudes(t.rest, case)
+    sizes = cases.magnitudes(t.rest, case)
     x, w = (v.double().abs().requires_grad_() for v in (t.x, t.conv_weight))
     z = F.conv2d(x, w, **conv.arguments())
     sizes["dconv_x"], sizes["dconv_weight"] = torch.autograd.grad(z, (x, w), sizes["dx"])
@@ -145,7 +148,7 @@ def test_equals_eager(impl, conv: Conv, layout: str, residual: str) -> None:
                     eager[name],
                     exact[name],
                     magnitude=sizes[name],
-                    accumulated=oracle.accumulate_dtype(dtype),
+                    accumulated=cases.accumulate_dtype(dtype),
                     channel=1 if name in ("y", "dresidual") else None,
                     context=(str(conv), str(case)),
                 )
@@ -165,7 +168,7 @@ def test_channels_last_goes_through(impl) -> None:
     t = make(Conv(), Case(layout="channels_last"))
     with torch.no_grad():
         y = impl.conv_bn_act(t.x, t.conv_weight, None, None, None, None, padding=1, training=True)
-    assert oracle.is_channels_last(y)
+    assert layouts.is_channels_last(y)
 
 
 def test_under_autocast_the_convolution_runs_in_half(impl) -> None:

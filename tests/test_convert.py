@@ -25,13 +25,13 @@ from resnet_fast.convert import accelerate, restore
 X = image(2, 3, 48, 40)
 
 
-def small(block: Any = tv.Bottleneck, net: Any = tv.ResNet, **kwargs: Any) -> nn.Module:
+def small(block: Any = tv.Bottleneck, net: Any = tv.ResNet, **kwargs: Any) -> Any:
     """A torchvision ResNet of every kind of block and little else, float64."""
     torch.manual_seed(4)
     return randomise(net(block, [2, 1, 1, 1], num_classes=5, **kwargs))
 
 
-def classes(model: nn.Module) -> list[type]:
+def classes(model: Any) -> list[type]:
     return [type(m) for m in model.modules()]
 
 
@@ -251,7 +251,7 @@ def test_other_reasons_not_to_accelerate(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(TypeError, match="no adapter for Linear"):
         adapters.accelerated_class(nn.Linear)
 
-    def patched(self: nn.Module, x: Tensor) -> Tensor:
+    def patched(self: Any, x: Tensor) -> Tensor:
         return x
 
     adapter = adapters._ADAPTERS[tv.BasicBlock]._replace(function=patched)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import cases
 import oracle
 import pytest
 import torch
-from oracle import HALF, Case, lay, word
+from cases import HALF, Case, word
+from layouts import lay
 from torch import Tensor
 
 pytestmark = pytest.mark.implementations("plain", "cpu")
@@ -35,7 +37,7 @@ def test_batch_norm_act(impl, shape: tuple[int, ...], layout: str, residual: str
     """NOTE: the plain implementation's sums are PyTorch's, which differ with the thread count."""
     for dtype in DTYPES if shape == SHAPES[0] else (torch.float32,):
         case = Case(shape=shape, dtype=dtype, layout=layout, residual=residual)
-        inputs = oracle.make(case)
+        inputs = cases.make(case)
         torch.set_num_threads(2)
         first = oracle.run(impl.batch_norm_act, inputs, case)
         for _ in range(3):
@@ -62,7 +64,7 @@ def test_a_call_does_not_depend_on_the_call_before(impl) -> None:
     """Scratch memory of a larger call leaves nothing behind."""
     small = Case(shape=(2, 5, 3, 3), residual="tensor")
     large = Case(shape=(8, 67, 29, 31), residual="tensor", values="outlier")
-    small_inputs, large_inputs = oracle.make(small), oracle.make(large)
+    small_inputs, large_inputs = cases.make(small), cases.make(large)
     first = oracle.run(impl.batch_norm_act, small_inputs, small)
     oracle.run(impl.batch_norm_act, large_inputs, large)
     assert_same(first, oracle.run(impl.batch_norm_act, small_inputs, small), "after a large call")
@@ -71,7 +73,7 @@ def test_a_call_does_not_depend_on_the_call_before(impl) -> None:
 def test_where_a_tensor_lies_does_not_matter(impl) -> None:
     """An x that starts at any byte a float may start at gives the same bits."""
     case = Case(shape=(4, 17, 9, 7), residual="tensor")
-    inputs = oracle.make(case)
+    inputs = cases.make(case)
     first = oracle.run(impl.batch_norm_act, inputs, case)
     for offset in range(1, 17):
         for name in ("x", "residual", "grad"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision_blocks import AttentionBlock, tv
 from twins import image, randomise, step
 
+import resnet_fast as rf
 import resnet_fast.nn as rfnn
 from resnet_fast import dispatch, models
 from resnet_fast.config import use_backend
@@ -23,7 +24,7 @@ from resnet_fast.explain import Explanation, Row, explain
 X = image(2, 3, 32, 32)
 
 
-def small(block: Any = tv.BasicBlock) -> nn.Module:
+def small(block: Any = tv.BasicBlock) -> Any:
     return randomise(tv.ResNet(block, [1, 1, 1, 1], num_classes=3))
 
 
@@ -76,15 +77,15 @@ def test_blocks_that_fall_back_say_why() -> None:
         return [
             (r.op, r.reason, r.calls)
             for r in rows(explanation, module)
-            if r.implementation == "reference"
+            if r.implementation == "reference" and r.reason != rf.why_unavailable()
         ]
 
     assert said("") == [("block", "relu is a LeakyReLU, not exactly nn.ReLU", 1)]
     assert said("layer1.0") == [("block", "bn2 has a forward hook", 1)]
     assert said("layer2.0") == [("block", "relu is a SiLU, not exactly nn.ReLU", 1)]
     assert said("layer4.0") == [("batch_norm_act", "the end of downsample has a forward hook", 1)]
-    if dispatch.choose("batch_norm_act", X, None) == "cpu":
-        assert said("layer3.0") == []
+    assert said("layer3.0") == []  # a shortcut with a norm we do not fuse costs nothing
+    if rf.is_available():
         assert explanation.fast_share == pytest.approx(4 / 8)
 
 
@@ -209,7 +210,7 @@ def test_buffers_and_random_states_are_as_before(fails: bool) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("convert", [accelerate, lambda model: model])
 def test_a_graph_from_before_can_still_be_differentiated(convert: Any, training: bool) -> None:
-    def build() -> nn.Module:
+    def build() -> Any:
         torch.manual_seed(1)
         model = convert(small()).train(training)
         model.register_buffer("gain", torch.ones((), dtype=torch.float64))

@@ -8,12 +8,16 @@ ReLU's kink than the differences step. The second order goes through the differe
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
+import cases
 import oracle
 import pytest
 import torch
-from oracle import Case, eager_batch_norm_act, lay, word
+from cases import Case, word
+from layouts import lay
+from oracle import eager_batch_norm_act
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError
@@ -35,15 +39,15 @@ def _cases() -> list[Case]:
         for t, a, r in product((True, False), ("none", "weight", "bias"), ("none", "tensor"))
     ]
     cases += [Case(shape=s) for s in ((4, 3), (3, 2, 4), (2, 2, 2, 2, 2), (5, 1, 1, 1))]
-    return [oracle.changed(c, dtype=torch.float64) for c in dict.fromkeys(cases)]
+    return [replace(c, dtype=torch.float64) for c in dict.fromkeys(cases)]
 
 
-def _smooth(case: Case) -> oracle.Inputs:
+def _smooth(case: Case) -> cases.Inputs:
     """Inputs of the first seed whose pre-activations keep away from 0, on both sides of it."""
     for seed in range(100):
-        case = oracle.changed(case, seed=seed)
-        inputs = oracle.make(case)
-        z = oracle.preactivation(inputs, case)
+        case = replace(case, seed=seed)
+        inputs = cases.make(case)
+        z = cases.preactivation(inputs, case)
         mixed = 0.25 < (z > 0).double().mean() < 0.75
         if case.activation is None or (mixed and z.abs().min() > 1e4 * STEP):
             return inputs
@@ -51,7 +55,7 @@ def _smooth(case: Case) -> oracle.Inputs:
 
 
 def _function(
-    op: Callable[..., Tensor], inputs: oracle.Inputs, case: Case
+    op: Callable[..., Tensor], inputs: cases.Inputs, case: Case
 ) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """The op as a function of its differentiable tensors, and these."""
     names = ["x", "weight", "bias"] + (["residual"] if case.residual == "tensor" else [])
@@ -88,7 +92,7 @@ def test_batch_norm_act_first_order(impl, case: Case) -> None:
 def test_batch_norm_act_second_order(impl, case: Case) -> None:
     function, tensors = _function(impl.batch_norm_act, _smooth(case), case)
     if impl.name == "reference" and case.affine == "bias":
-        # PyTorch's own: F.batch_norm with a bias and no weight forgets the bias in its second order.
+        # PyTorch's own: F.batch_norm with a bias and no weight forgets the bias in second order.
         with pytest.raises(GradcheckError, match="analytical"):
             gradgradcheck(function, tensors, eps=STEP, fast_mode=True)
         return
@@ -116,7 +120,7 @@ def test_add_relu(impl, layout: str, shape: tuple[int, ...]) -> None:
 
 
 # ---- against eager -------------------------------------------------------------------------------
-def _penalty(op: Callable[..., Tensor], inputs: oracle.Inputs, case: Case) -> list[Tensor]:
+def _penalty(op: Callable[..., Tensor], inputs: cases.Inputs, case: Case) -> list[Tensor]:
     """First gradients of a loss, and the gradients of the loss plus their squared norm."""
     function, tensors = _function(op, inputs, case)
     grad = inputs.grad.detach().requires_grad_()
@@ -135,7 +139,7 @@ def test_gradient_penalty_equals_eager(
     impl, dtype: torch.dtype, training: bool, residual: str, layout: str
 ) -> None:
     case = Case(dtype=dtype, training=training, residual=residual, layout=layout)
-    inputs = oracle.make(case)
+    inputs = cases.make(case)
     ours = _penalty(impl.batch_norm_act, inputs, case)
     eager = _penalty(eager_batch_norm_act, inputs, case)
     exact = _penalty(oracle.exact_batch_norm_act, inputs.to(torch.float64), case)
@@ -149,7 +153,7 @@ def test_gradient_penalty_equals_eager(
 def test_create_graph_changes_no_first_gradient(impl, training: bool) -> None:
     """The differentiable backward gives what the fused one gives, to rounding."""
     case = Case(dtype=torch.float64, training=training, residual="tensor")
-    inputs = oracle.make(case)
+    inputs = cases.make(case)
     function, tensors = _function(impl.batch_norm_act, inputs, case)
     plain = torch.autograd.grad(function(*tensors), tensors, inputs.grad)
     graph = torch.autograd.grad(function(*tensors), tensors, inputs.grad, create_graph=True)

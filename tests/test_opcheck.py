@@ -13,14 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import LAYOUTS, lay, word
+from cases import word
+from layouts import LAYOUTS, lay
 from torch import Tensor
 
 from resnet_fast import _plain
 
 OPS = torch.ops.resnet_fast
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((2, 3, 4, 5), (3, 1, 2, 2), (2, 4, 1, 1), (4, 3), (2, 3, 5), (2, 3, 2, 3, 2), (1, 17, 3, 3))
+SHAPES = (
+    (2, 3, 4, 5),
+    (3, 1, 2, 2),
+    (2, 4, 1, 1),
+    (4, 3),
+    (2, 3, 5),
+    (2, 3, 2, 3, 2),
+    (1, 17, 3, 3),
+)
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -133,7 +142,9 @@ OPTIONS += [{"save_mask": True}, {"residual": "channels_last", "save_mask": Fals
 OPTIONS += [{"training": False, "weight": w, "bias": not w} for w in (True, False)]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items())
+)
 def test_batch_norm_act_options(options: dict[str, Any]) -> None:
     x, grad = (draw(SHAPES[0], "channels_last", torch.float32) for _ in range(2))
     args = forward_args(x, **options)

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import cases
+import layouts
 import oracle
 import pytest
 import torch
-from oracle import Case, check, eager_batch_norm_act, lay
+from cases import Case
+from layouts import lay
+from oracle import check, eager_batch_norm_act
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +60,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=oracle.word)
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.word)
 @pytest.mark.parametrize("planted", PLANTED)
 def test_rule_rejects_a_planted_error(planted: str, dtype: torch.dtype) -> None:
     case = Case(dtype=dtype, residual="tensor")
@@ -64,7 +68,7 @@ def test_rule_rejects_a_planted_error(planted: str, dtype: torch.dtype) -> None:
         oracle.compare(case, lambda *args, **named: PLANTED[planted](args, named))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=oracle.word)
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.word)
 def test_rule_accepts_one_rounding(dtype: torch.dtype) -> None:
     """The oracle, computed in float64 and rounded once, passes as if it were ours."""
 
@@ -85,7 +89,7 @@ def test_rule_accepts_one_rounding(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("residual", ["none", "tensor", "same"])
 def test_the_oracle_is_what_pytorch_computes(training: bool, affine: str, residual: str) -> None:
     case = Case(dtype=torch.float64, training=training, affine=affine, residual=residual)
-    inputs = oracle.make(case)
+    inputs = cases.make(case)
     exact = oracle.run(oracle.exact_batch_norm_act, inputs, case)
     eager = oracle.run(eager_batch_norm_act, inputs, case)
     assert exact.keys() == eager.keys()
@@ -129,7 +133,7 @@ def test_a_channel_is_judged_by_its_own_size() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4), (2, 5, 3, 4), (2, 3, 2, 3, 2)], ids=str)
-@pytest.mark.parametrize("layout", oracle.LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_layouts_hold_the_values_in_other_strides(layout: str, shape: tuple[int, ...]) -> None:
     values = torch.randn(shape)
     t = lay(values, layout)
@@ -140,8 +144,8 @@ def test_layouts_hold_the_values_in_other_strides(layout: str, shape: tuple[int,
 
 def test_kink_gets_no_gradient() -> None:
     case = Case(shape=(16, 8, 7, 7), dtype=torch.bfloat16)
-    inputs = oracle.make(case)
-    near = oracle.kink(inputs, case)
+    inputs = cases.make(case)
+    near = cases.kink(inputs, case)
     assert 0 < near.float().mean() < 0.1
     assert not inputs.grad[near].any()
     assert inputs.grad[~near].all()

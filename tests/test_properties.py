@@ -6,16 +6,18 @@ The profile of conftest.py draws the same examples in every run; the slow tests 
 
 from __future__ import annotations
 
+import cases
 import oracle
 import pytest
 import torch
+from cases import HALF, Case
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import HALF, LAYOUTS, Case, lay
+from layouts import LAYOUTS, lay
 from test_add_relu import assert_same_as_eager
 
 DTYPES = (torch.float64, torch.float32, *HALF)
-FEW, MANY = 60, 2000
+FEW, MANY = 60, 1000
 
 
 @st.composite
@@ -34,7 +36,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def any_case(draw: st.DrawFn) -> Case:
     shape = draw(shapes())
     dtype = draw(st.sampled_from(DTYPES))
     training = draw(st.booleans())
@@ -63,7 +65,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@given(case=cases())
+@given(case=any_case())
 @settings(max_examples=FEW)
 def test_batch_norm_act(impl, case: Case) -> None:
     impl.compare(case)
@@ -71,7 +73,7 @@ def test_batch_norm_act(impl, case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.implementations("plain", "cpu")
-@given(case=cases())
+@given(case=any_case())
 @settings(max_examples=MANY)
 def test_batch_norm_act_many(impl, case: Case) -> None:
     impl.compare(case)
@@ -114,10 +116,10 @@ def test_layout_changes_no_number_much(impl, shape, training: bool, seed: int) -
     the statistics of the two are compared with each other."""
     assume(shape[0] * torch.Size(shape[2:]).numel() > 1)
     case = Case(shape=shape, training=training, seed=seed)
-    inputs = oracle.make(case)
+    inputs = cases.make(case)
     one = oracle.run(impl.batch_norm_act, inputs, case)
     inputs.x = lay(inputs.x, "channels_last")
     other = oracle.run(impl.batch_norm_act, inputs, case)
-    sizes = oracle.magnitudes(inputs, case)
+    sizes = cases.magnitudes(inputs, case)
     for name, result in one.items():
         oracle.check(name, other[name], result, result.double(), magnitude=2 * sizes[name])

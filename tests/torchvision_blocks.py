@@ -22,11 +22,11 @@ shims.torchvision_or_skip()
 from torchvision.models import resnet as tv  # noqa: E402
 
 KINDS = ("basic", "bottleneck", "basic_down", "bottleneck_down")
-Change = Callable[[nn.Module, Log], Any]
+Change = Callable[[Any, Log], Any]
 X = image(3, 8, 6, 5)
 
 
-def make(kind: str) -> nn.Module:
+def make(kind: str) -> Any:
     """A torchvision block for X, float64; "_down" has a shortcut of stride 2 with a norm."""
     torch.manual_seed(5)
     block = tv.BasicBlock if "basic" in kind else tv.Bottleneck

@@ -2,8 +2,8 @@
 """The build of the extension: what was found on this machine, and the ninja file made of it.
 
 Two modules: ``_kernels`` (operators; the stable ABI of torch 2.11, so that one binary serves all
-later ones) and ``_build_info`` (pybind11). The CPU kernels are compiled once per instruction set and
-chosen at run time.
+later ones) and ``_build_info`` (pybind11). The CPU kernels are compiled once per instruction set
+and chosen at run time.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ def build(plan: Plan, root: Path, work: Path, target: Path) -> None:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     # _kernels is no Python module: it is loaded by torch.ops.load_library.
     for name, file in (("_kernels.so", "_kernels.so"), (f"_build_info{suffix}", "_build_info.so")):
-        shutil.copy2(work / file, target / name)
+        # Replaced, not overwritten: a running process may have the old file mapped.
+        fresh = target / f".{name}.new"
+        shutil.copy2(work / file, fresh)
+        fresh.replace(target / name)
 
 
 def _escape(path: object) -> str:

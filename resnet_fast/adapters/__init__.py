@@ -121,7 +121,7 @@ def _accelerated_class(cls: type[nn.Module], adapter: Adapter) -> type[nn.Module
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """Pickle and copy an object of a derived class by its original class, which has a name."""
-    return _rebuild, (original_class(self),), self.__getstate__()  # type: ignore[no-untyped-call]
+    return _rebuild, (original_class(self),), self.__getstate__()
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the binding hands to the kernels: one plain struct and one launch function per op. Free of
+// CUDA and torch headers; the same functions exist in the CUDA build and in the emulator's.
+//
+// Tensors are dense. x, y, residual, grad, dx and dresidual share dtype, shape and layout;
+// per-channel arrays are float32 (float64 where dtype is float64). Any alignment of the element
+// type is right; 16 bytes is fast. Launches neither allocate nor synchronise, and can be captured
+// in a CUDA graph. Outputs must not overlap inputs. Empty tensors are allowed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "launch/status.h"
+
+namespace resnet_fast {
+
+enum class DType : int { kFloat64, kFloat32, kFloat16, kBFloat16 };
+enum class Layout : int { kContiguous, kChannelsLast };
+
+// (N, C, *): inner is the product of the sizes behind C, 1 for a matrix.
+struct Shape {
+  int64_t n = 0;
+  int64_t c = 0;
+  int64_t inner = 1;
+  Layout layout = Layout::kContiguous;
+};
+
+struct AddReluParams {
+  DType dtype = DType::kFloat32;
+  int64_t elements = 0;
+  const void* x = nullptr;
+  const void* residual = nullptr;
+  void* y = nullptr;
+  uint8_t* mask = nullptr;  // 2 * ceil(elements / 16) bytes, or null
+};
+Status launch_add_relu(const AddReluParams& params, Stream stream);
+
+struct AddReluBackwardParams {
+  DType dtype = DType::kFloat32;
+  int64_t elements = 0;
+  const void* grad = nullptr;
+  const uint8_t* mask = nullptr;
+  void* dx = nullptr;
+};
+Status launch_add_relu_backward(const AddReluBackwardParams& params, Stream stream);
+
+struct BatchNormActParams {
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  const void* x = nullptr;
+  const void* residual = nullptr;  // or null
+  void* y = nullptr;
+  uint8_t* mask = nullptr;       // 2 * ceil(elements / 16) bytes, or null; only with relu
+  const void* weight = nullptr;  // or null: 1
+  const void* bias = nullptr;    // or null: 0
+  // training: updated, both or neither may be null. Otherwise: read.
+  void* running_mean = nullptr;
+  void* running_var = nullptr;
+  void* mean = nullptr;     // (C,), written
+  void* invstd = nullptr;   // (C,), written
+  void* scratch = nullptr;  // batch_norm_act_scratch_bytes(), aligned to 16 bytes; training only
+  bool training = false;    // use the batch's statistics
+  bool relu = true;
+  double momentum = 0.1;
+  double eps = 1e-5;
+};
+std::size_t batch_norm_act_scratch_bytes(const BatchNormActParams& params);
+// The whole forward: statistics if training, then apply.
+Status launch_batch_norm_act(const BatchNormActParams& params, Stream stream);
+// Its two parts. Statistics: mean, invstd and the running statistics. Apply: y and the mask.
+Status launch_bn_stats(const BatchNormActParams& params, Stream stream);
+Status launch_bn_apply(const BatchNormActParams& params, Stream stream);
+
+struct BatchNormActBackwardParams {
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  const void* grad = nullptr;
+  const void* x = nullptr;
+  const void* mean = nullptr;
+  const void* invstd = nullptr;
+  const void* weight = nullptr;   // or null: 1
+  const void* bias = nullptr;     // or null: 0
+  const uint8_t* mask = nullptr;  // or null: with relu, the mask is recomputed from x
+  void* dx = nullptr;             // null: not wanted, as the next three
+  void* dresidual = nullptr;
+  void* dweight = nullptr;
+  void* dbias = nullptr;
+  void* scratch = nullptr;  // batch_norm_act_backward_scratch_bytes(), aligned to 16 bytes
+  bool training = false;
+  bool relu = true;
+};
+std::size_t batch_norm_act_backward_scratch_bytes(const BatchNormActBackwardParams& params);
+Status launch_batch_norm_act_backward(const BatchNormActBackwardParams& params, Stream stream);
+
+}  // namespace resnet_fast

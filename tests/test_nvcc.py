@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every CUDA source compiles for every card, and ptxas reports what the launchers plan for.
+
+The reports are kept under build/nvcc by a hash of the sources, so a second run compiles nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "nvcc"
+SOURCES = sorted((CSRC / "launch").glob("*.cu"))
+ARCHITECTURES = ("80", "90a", "100")
+THREADS = 256  # kThreads of csrc/kernels/platform.cuh
+REGISTERS = 65536  # of a multiprocessor, on every card since sm_50
+# Kernel, by a part of its mangled name: the constant that says how many blocks the launcher plans
+# per multiprocessor.
+PLANNED = {
+    "add_relu_kernel": "kAddReluBlocksPerSm",
+    "add_relu_backward_kernel": "kAddReluBlocksPerSm",
+    "channel_reduce_kernelINS_7BnStats": "kBnStatsBlocksPerSm",
+    "channel_reduce_kernelINS_6BnGrad": "kBnGradBlocksPerSm",
+    "merge_partials_kernel": "kMergeBlocksPerSm",
+    "bn_apply_kernel": "kBnApplyBlocksPerSm",
+    "bn_grad_apply_kernel": "kBnGradApplyBlocksPerSm",
+}
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+NVCC = find_nvcc()
+pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of one kernel."""
+
+    name: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def compile_report(source: Path, architecture: str) -> str:
+    """Compile one source for one architecture; return ptxas's report, cached by content."""
+    assert NVCC is not None
+    headers = sorted(p for d in ("kernels", "launch") for p in (CSRC / d).glob("*.*h"))
+    digest = hashlib.sha256(architecture.encode())
+    for path in [source, *headers]:
+        digest.update(path.read_bytes())
+    cached = BUILD / f"{source.stem}-{architecture}-{digest.hexdigest()[:16]}.txt"
+    if cached.exists():
+        return cached.read_text()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    target = cached.with_suffix(".o")
+    code = f"arch=compute_{architecture},code=sm_{architecture}"
+    command = [NVCC, "-std=c++17", "-O3", f"-I{CSRC}", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    command += ["-gencode", code, "-c", str(source), "-o", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{source.name} for sm_{architecture}:\n{result.stderr[-4000:]}"
+    target.unlink()
+    for stale in BUILD.glob(f"{source.stem}-{architecture}-*.txt"):
+        stale.unlink()
+    partial = cached.with_suffix(f".{os.getpid()}")
+    partial.write_text(result.stderr)
+    partial.rename(cached)
+    return result.stderr
+
+
+def parse(report: str) -> list[Kernel]:
+    """The kernels of a ``-Xptxas -v`` report."""
+    kernels = []
+    for block in re.split(r"Compiling entry function ", report)[1:]:
+        name = re.match(r"'(\w+)'", block)
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", block)
+        used = re.search(r"Used (\d+) registers", block)
+        assert name, block
+        assert stack, block
+        assert used, block
+        spills = int(stack[2]) + int(stack[3])
+        kernels.append(Kernel(name[1], int(used[1]), int(stack[1]), spills))
+    return kernels
+
+
+def blocks_per_sm() -> dict[str, int]:
+    """The constants of the kernels' headers."""
+    text = "".join(p.read_text() for p in sorted((CSRC / "kernels").glob("*.cuh")))
+    return {k: int(v) for k, v in re.findall(r"constexpr int (k\w+BlocksPerSm) = (\d+);", text)}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[tuple[str, str], list[Kernel]]:
+    jobs = [(source, arch) for source in SOURCES for arch in ARCHITECTURES]
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda job: compile_report(*job), jobs))
+    return {
+        (source.name, arch): parse(report)
+        for (source, arch), report in zip(jobs, reports, strict=True)
+    }
+
+
+def test_every_source_has_kernels(kernels: dict[tuple[str, str], list[Kernel]]) -> None:
+    assert len(SOURCES) >= 4
+    assert all(kernels.values())
+
+
+def test_no_spills_and_no_stack(kernels: dict[tuple[str, str], list[Kernel]]) -> None:
+    bad = [(place, k) for place, found in kernels.items() for k in found if k.spills or k.stack]
+    assert not bad
+
+
+def test_registers_allow_the_planned_occupancy(
+    kernels: dict[tuple[str, str], list[Kernel]],
+) -> None:
+    constants = blocks_per_sm()
+    for place, found in kernels.items():
+        for kernel in found:
+            planned = [c for part, c in PLANNED.items() if part in kernel.name]
+            assert len(planned) == 1, f"{kernel.name} of {place} is not in PLANNED"
+            # Registers are given out in eights per thread.
+            held = -(-kernel.registers // 8) * 8 * THREADS * constants[planned[0]]
+            assert held <= REGISTERS, (place, kernel, constants[planned[0]])

@@ -4,8 +4,8 @@
 The C++ extension only overrides these per device key, so opcheck, compile and export hold on a
 machine where nothing was built. Raw operators carry no autograd: functional.py adds it.
 
-Tag ``flexible_layout``: an op brings its inputs to the layout it works in, so a compiler may hand
-it any strides without a copy.
+Tag ``needs_exact_strides``: the order of the mask bits follows the layout of the forward's x; a
+compiler that handed forward and backward other strides than were traced would mix them up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEMAS = (
     " Tensor? bias, Tensor? mask, bool training, bool relu, bool[4] output_mask)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
 )
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 for _schema in SCHEMAS:
     library.define(_schema, tags=_TAGS)
@@ -50,6 +50,7 @@ def _fake_add_relu_forward(x: Tensor, residual: Tensor, save_mask: bool) -> tupl
 
 
 def _fake_add_relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
+    _plain.check_mask(mask, grad)
     return torch.empty_like(to_layout(grad, channels_last))
 
 
@@ -84,6 +85,8 @@ def _fake_batch_norm_act_backward(
     relu: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # NOTE: a fake also answers where CPU and meta tensors are mixed: the dispatcher prefers Meta.
+    _plain.check_backward(grad, x, mean, invstd, weight, bias, mask)
     want_dx, want_dresidual, want_dweight, want_dbias = output_mask
     param = _plain.param_dtype(accumulate_dtype(x.dtype), weight, bias)
     return (

@@ -37,8 +37,17 @@ def unpack_mask(mask: Tensor, like: Tensor, channels_last: bool) -> Tensor:
     return from_memory_order(bits.view(-1)[: like.numel()].bool(), like, channels_last)
 
 
-def check_mask(mask: Tensor, numel: int) -> None:
+def check_device(name: str, t: Tensor, x: Tensor) -> None:
+    torch._check(
+        t.device == x.device,
+        lambda: f"{name} must be on x's device {x.device}; got {t.device}",
+    )
+
+
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    numel = x.numel()
     expected = mask_bytes(numel)
+    check_device("mask", mask, x)
     torch._check(
         mask.dtype == torch.uint8 and mask.dim() == 1 and mask.numel() == expected,
         lambda: (
@@ -48,8 +57,10 @@ def check_mask(mask: Tensor, numel: int) -> None:
     )
 
 
-def check_channel(name: str, t: Tensor | None, channels: int) -> None:
+def check_channel(name: str, t: Tensor | None, x: Tensor) -> None:
     if t is not None:
+        channels = x.size(1)
+        check_device(name, t, x)
         torch._check(
             t.dim() == 1 and t.size(0) == channels,
             lambda: f"{name} must have shape ({channels},); got {tuple(t.shape)}",
@@ -57,6 +68,7 @@ def check_channel(name: str, t: Tensor | None, channels: int) -> None:
 
 
 def check_same(name: str, t: Tensor, x: Tensor) -> None:
+    check_device(name, t, x)
     torch._check(
         t.shape == x.shape and t.dtype == x.dtype,
         lambda: (
@@ -81,7 +93,7 @@ def check_forward(
     channel = {"weight": weight, "bias": bias}
     channel |= {"running_mean": running_mean, "running_var": running_var}
     for name, t in channel.items():
-        check_channel(name, t, x.size(1))
+        check_channel(name, t, x)
     if residual is not None:
         check_same("residual", residual, x)
     has_stats = running_mean is not None and running_var is not None
@@ -106,9 +118,9 @@ def check_backward(
     check_same("grad", grad, x)
     channel = {"mean": mean, "invstd": invstd, "weight": weight, "bias": bias}
     for name, t in channel.items():
-        check_channel(name, t, x.size(1))
+        check_channel(name, t, x)
     if mask is not None:
-        check_mask(mask, x.numel())
+        check_mask(mask, x)
 
 
 def param_dtype(acc: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
@@ -129,7 +141,7 @@ def add_relu_forward(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tens
 
 
 def add_relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
-    check_mask(mask, grad.numel())
+    check_mask(mask, grad)
     grad = to_layout(grad, channels_last)
     keep = unpack_mask(mask, grad, channels_last)
     return to_layout(torch.where(keep, grad, torch.zeros_like(grad)), channels_last)

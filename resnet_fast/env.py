@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import platform
@@ -28,7 +29,9 @@ def load_extension() -> None:
     global _why_unavailable, _build_info
     _why_unavailable = _try_load()
     if _why_unavailable is None:
-        _build_info = importlib.import_module("resnet_fast._build_info")
+        # The kernels serve every Python, this module only the one it was built for.
+        with contextlib.suppress(ImportError):
+            _build_info = importlib.import_module("resnet_fast._build_info")
 
 
 def _try_load() -> str | None:

@@ -17,6 +17,8 @@ from torch import Tensor
 from resnet_fast import _plain, dispatch, reference
 from resnet_fast.layout import is_channels_last
 
+_HALF = (torch.float16, torch.bfloat16)
+
 _ops = torch.ops.resnet_fast
 _add_relu_forward = _ops.add_relu_forward.default
 _add_relu_backward = _ops.add_relu_backward.default
@@ -101,6 +103,7 @@ def batch_norm_act(
     _check_batch_norm_act(
         x, weight, bias, running_mean, running_var, residual, training, activation
     )
+    _check_numbers(training, momentum, eps)
     impl = dispatch.choose("batch_norm_act", x, residual, weight, bias, running_mean, running_var)
     if impl == "reference":
         return reference.batch_norm_act(
@@ -229,8 +232,9 @@ def conv_bn_act(
     Returns (N, C_out, H_out, W_out). The convolution is PyTorch's (oneDNN, cuDNN), under autocast
     too. Errors as in F.conv2d and batch_norm_act.
     """
-    if not isinstance(conv_weight, Tensor):
-        raise TypeError(f"conv_weight must be a tensor; got {type(conv_weight).__name__}")
+    for name, t in (("x", x), ("conv_weight", conv_weight)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
     z = F.conv2d(x, conv_weight, None, stride, padding, dilation, groups)
     return batch_norm_act(
         z,
@@ -282,31 +286,59 @@ def _check_batch_norm_act(
     shape = x.shape
     if len(shape) < 2:
         raise ValueError(f"x must have 2 or more dimensions (N, C, *); got shape {tuple(shape)}")
-    channels = shape[1]
+    if not x.is_floating_point():
+        raise TypeError(f"x must be of a floating dtype; got {x.dtype}")
     for name, t in (
         ("weight", weight),
         ("bias", bias),
         ("running_mean", running_mean),
         ("running_var", running_var),
     ):
-        if t is None:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor or None; got {type(t).__name__}")
-        if t.dim() != 1 or t.shape[0] != channels:
-            raise ValueError(
-                f"{name} must have shape ({channels},), x's channels; got {tuple(t.shape)}"
-            )
+        if t is not None:
+            _check_channel(name, t, x)
     if residual is not None:
         if not isinstance(residual, Tensor):
             raise TypeError(f"residual must be a tensor or None; got {type(residual).__name__}")
+        if residual.device != x.device:
+            raise ValueError(f"residual must be on x's device {x.device}; got {residual.device}")
         if residual.shape != shape:
             _check_broadcast(x, residual)
     if training:
+        if (running_mean is None) != (running_var is None):
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise ValueError(
+                f"running_mean and running_var must both be tensors or both None; {missing} is None"
+            )
         _check_more_than_one_value(shape)
     elif running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing} must be a tensor when training is False; got None")
+
+
+def _check_channel(name: str, t: Tensor, x: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor or None; got {type(t).__name__}")
+    channels = x.shape[1]
+    if t.dim() != 1 or t.shape[0] != channels:
+        raise ValueError(
+            f"{name} must have shape ({channels},), x's channels; got {tuple(t.shape)}"
+        )
+    if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype in _HALF):
+        wanted = f"{x.dtype} or float32" if x.dtype in _HALF else str(x.dtype)
+        raise TypeError(f"{name} must be of dtype {wanted}, as x is {x.dtype}; got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}; got {t.device}")
+
+
+def _check_numbers(training: bool, momentum: float, eps: float) -> None:
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(value, (float, int)):
+            raise TypeError(f"{name} must be a float; got {type(value).__name__}")
+    # As F.batch_norm has it.
+    if training and eps <= 0:
+        raise ValueError(f"eps must be positive when training; got {eps}")
+    if eps < 0:
+        raise ValueError(f"eps must be non-negative; got {eps}")
 
 
 def _check_more_than_one_value(shape: torch.Size) -> None:

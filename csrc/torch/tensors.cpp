@@ -150,6 +150,10 @@ void check_channel(const char* name, const Tensor& t, const Tensor& x) {
   check_cpu(name, t);
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(1), name, " must have shape (", x.size(1),
                   ",); got ", shape_text(t));
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float ||
+                      type == ScalarType::Half || type == ScalarType::BFloat16,
+                  name, " must be of a floating dtype; got ", torch::headeronly::toString(type));
 }
 
 void check_mask(const Tensor& mask, int64_t numel) {

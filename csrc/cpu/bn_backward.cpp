@@ -50,6 +50,11 @@ struct Reduce {
   using A = Accumulate<T>;
   const T* x;
   Masked<T, kSource> gradient;
+  RF_INLINE bool writes() const { return gradient.out != nullptr; }
+  RF_INLINE void prefetch(int64_t i) const {
+    __builtin_prefetch(x + i);
+    __builtin_prefetch(gradient.grad + i);
+  }
 
   RF_INLINE void whole(int64_t i, const Pack<A> (&c)[3], Pack<A>& a, Pack<A>& b) const {
     const Pack<A> centred = load(x + i) - c[0];
@@ -99,6 +104,11 @@ struct Grad {
   RF_INLINE void finish() const { finish_streaming(); }
 };
 
+template <class A>
+void add_lanes(int64_t lanes, double* __restrict total, const A* __restrict addend) {
+  for (int64_t l = 0; l < lanes; ++l) total[l] += double(addend[l]);
+}
+
 template <class T, class Body>
 void reduce_rows(const BnReduceParams& p, const Body& body,
                  const Accumulate<T>* const (&coefficients)[3], const Parallel& parallel) {
@@ -112,11 +122,9 @@ void reduce_rows(const BnReduceParams& p, const Body& body,
   double* const dots = sums + tasks * period;
   std::memset(sums, 0, 2 * tasks * period * sizeof(double));
 
-  const auto add = [&](const A* s1, const A* s2, int64_t at) {
-    for (int64_t l = 0; l < period; ++l) {
-      sums[at + l] += double(s1[l]);
-      dots[at + l] += double(s2[l]);
-    }
+  const auto add = [&](const auto* s1, const auto* s2, int64_t at) {
+    add_lanes(period, sums + at, s1);
+    add_lanes(period, dots + at, s2);
   };
   parallel_for(parallel, tasks, 1, [&](int64_t begin, int64_t end) {
     Scratch<A> block(2 * period);
@@ -133,9 +141,10 @@ void reduce_rows(const BnReduceParams& p, const Body& body,
   Scratch<A> rest(2 * period);
   add_rest(body, repeated, repeats * period, g.numel(), rest.get(), rest.get() + period);
   add(rest.get(), rest.get() + period, 0);
+  for (int64_t t = 1; t < tasks; ++t) add(sums + t * period, dots + t * period, 0);
   for (int64_t c = 0; c < g.channels; ++c) {
     double sum = 0, dot = 0;
-    for (int64_t l = c; l < tasks * period; l += g.channels) {
+    for (int64_t l = c; l < period; l += g.channels) {
       sum += sums[l];
       dot += dots[l];
     }

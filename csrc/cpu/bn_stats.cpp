@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Mean and sum of squared deviations of each channel, reading x once.
 //
-// Each block is summed about a pivot, the mean of the blocks before it (the first block is read
+// Each block is summed about a pivot, the mean of the blocks before it (the first rows are read
 // twice to get one): d = x - pivot is exact or nearly so, and the block's mean and M2 follow from
 // sum(d) and sum(d * d). The squares so summed are at most a small multiple of the final M2 (a
 // block's distance from the mean of those before it is itself part of M2), so no digits cancel: a
@@ -18,6 +18,8 @@ struct Deviations {
   using A = Accumulate<T>;
   const T* x;
 
+  RF_INLINE bool writes() const { return false; }
+  RF_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
   RF_INLINE void add(const Pack<A>& d, Pack<A>& a, Pack<A>& b) const {
     a = a + d;
     b = fma(d, d, b);
@@ -47,6 +49,36 @@ RF_INLINE void merge_block(double n, double& mean, double& m2, double n_b, doubl
   merge(n, mean, m2, n_b, pivot + s1 / n_b, m2_b < 0 ? 0 : m2_b);
 }
 
+// merge() for a run of lanes of the same counts: the divisions are done once, and the compiler
+// makes vectors of the loop.
+void merge_lanes(int64_t lanes, double n, double* __restrict mean, double* __restrict m2,
+                 double n_b, const double* __restrict mean_b, const double* __restrict m2_b) {
+  const double share = n_b / (n + n_b), between = n * share;
+  for (int64_t l = 0; l < lanes; ++l) {
+    const double delta = mean_b[l] - mean[l];
+    mean[l] += delta * share;
+    m2[l] += m2_b[l] + delta * delta * between;
+  }
+}
+
+// merge_block() likewise; the new means become the next block's pivots.
+template <class A>
+void merge_block_lanes(int64_t lanes, double n, double* __restrict mean, double* __restrict m2,
+                       double n_b, A* __restrict pivot, const A* __restrict s1,
+                       const A* __restrict s2) {
+  const double each = 1 / n_b, share = n_b / (n + n_b), between = n * share;
+  for (int64_t l = 0; l < lanes; ++l) {
+    const double sum = double(s1[l]), average = sum * each;
+    const double own = double(s2[l]) - sum * average;
+    const double delta = double(pivot[l]) + average - mean[l];
+    mean[l] += delta * share;
+    m2[l] += (own < 0 ? 0 : own) + delta * delta * between;
+    pivot[l] = A(mean[l]);
+  }
+}
+
+constexpr int64_t kPivotRows = 8;
+
 template <class T>
 void task_rows(const Deviations<T>& body, Repeated<Accumulate<T>, 1>& pivot, int64_t begin,
                int64_t end, double* mean, double* m2) {
@@ -54,7 +86,7 @@ void task_rows(const Deviations<T>& body, Repeated<Accumulate<T>, 1>& pivot, int
   const int64_t period = pivot.period;
   Scratch<A> sums(2 * period);
   A *s1 = sums.get(), *s2 = s1 + period, *centre = pivot.array(0);
-  const int64_t first = minimum(kBlock, end - begin);
+  const int64_t first = minimum(kPivotRows, end - begin);
   std::memset(mean, 0, period * sizeof(double));
   std::memset(m2, 0, period * sizeof(double));
   if (first <= 0) return;
@@ -62,12 +94,8 @@ void task_rows(const Deviations<T>& body, Repeated<Accumulate<T>, 1>& pivot, int
   for (int64_t p = 0; p < period; ++p) centre[p] = A(double(s1[p]) / double(first));
   for (int64_t r = begin; r < end; r += kBlock) {
     const int64_t size = minimum(kBlock, end - r);
-    const double n = double(r - begin), n_b = double(size);
     add_block(body, pivot, r * period, size, s1, s2);
-    for (int64_t p = 0; p < period; ++p) {
-      merge_block(n, mean[p], m2[p], n_b, centre[p], s1[p], s2[p]);
-      centre[p] = A(mean[p]);
-    }
+    merge_block_lanes(period, double(r - begin), mean, m2, double(size), centre, s1, s2);
   }
 }
 
@@ -94,9 +122,7 @@ void stats_rows(const BnStatsParams& p, const Parallel& parallel) {
   });
   for (int64_t t = 1; t < tasks; ++t) {
     const double n = double(repeats * t / tasks), n_b = double(repeats * (t + 1) / tasks) - n;
-    for (int64_t l = 0; l < period; ++l) {
-      merge(n, means[l], m2s[l], n_b, means[t * period + l], m2s[t * period + l]);
-    }
+    merge_lanes(period, n, means, m2s, n_b, means + t * period, m2s + t * period);
   }
   // The rows past the last whole period, one value a lane; then the lanes of each channel.
   Repeated<A, 1> zero(none, g.channels);

@@ -14,8 +14,40 @@ namespace resnet_fast::cpu::RF_ISA {
 constexpr int64_t kBlock = 64;              // packs a lane in one block
 constexpr int64_t kTaskElements = 1 << 17;  // elements that make a task worth its merging
 constexpr int64_t kTasks = 16;
+constexpr int64_t kAhead = 2048;  // elements that are fetched ahead
 
 // ---- channels-last ------------------------------------------------------------------------------
+
+// Adds as many of `repeats` periods as go kUnroll at a time; returns how many.
+template <int kUnroll, class A, int K, class Body>
+RF_INLINE int64_t add_unrolled(const Body& body, const Repeated<A, K>& repeated, int64_t start,
+                               int64_t repeats, A* s1, A* s2) {
+  constexpr int kSums = kUnroll < 4 ? kUnroll : 4;  // enough that additions need not wait
+  const int64_t period = repeated.period;
+  Pack<A> c[K];
+  int64_t r = 0;
+  for (; r + kUnroll <= repeats; r += kUnroll) {
+    for (int64_t p = 0; p < period; p += kLanes) {
+      repeated.at(p, c);
+      Pack<A> a[kSums], b[kSums];
+      for (int u = 0; u < kSums; ++u) a[u] = b[u] = broadcast(A(0));
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t i = start + (r + u) * period + p;
+        body.prefetch(i + kAhead);
+        body.whole(i, c, a[u % kSums], b[u % kSums]);
+      }
+      for (int u = kSums / 2; u > 0; u /= 2) {
+        for (int v = 0; v < u; ++v) {
+          a[v] = a[v] + a[v + u];
+          b[v] = b[v] + b[v + u];
+        }
+      }
+      store(s1 + p, load(s1 + p) + a[0]);
+      store(s2 + p, load(s2 + p) + b[0]);
+    }
+  }
+  return r;
+}
 
 // Adds `repeats` periods, from element `start` on, to s1 and s2 (one accumulator a lane).
 template <class A, int K, class Body>
@@ -24,28 +56,11 @@ void add_block(const Body& body, const Repeated<A, K>& repeated, int64_t start, 
   const int64_t period = repeated.period;
   std::memset(s1, 0, period * sizeof(A));
   std::memset(s2, 0, period * sizeof(A));
-  Pack<A> c[K];
-  int64_t r = 0;
-  for (; r + 4 <= repeats; r += 4) {
-    for (int64_t p = 0; p < period; p += kLanes) {
-      repeated.at(p, c);
-      Pack<A> a[4], b[4];
-      for (int u = 0; u < 4; ++u) {
-        a[u] = b[u] = broadcast(A(0));
-        body.whole(start + (r + u) * period + p, c, a[u], b[u]);
-      }
-      store(s1 + p, load(s1 + p) + ((a[0] + a[1]) + (a[2] + a[3])));
-      store(s2 + p, load(s2 + p) + ((b[0] + b[1]) + (b[2] + b[3])));
-    }
-  }
+  // Rows a power of two apart share cache sets: where a row is also written, fewer at a time.
+  int64_t r = body.writes() ? add_unrolled<4>(body, repeated, start, repeats, s1, s2)
+                            : add_unrolled<8>(body, repeated, start, repeats, s1, s2);
   for (; r < repeats; ++r) {
-    for (int64_t p = 0; p < period; p += kLanes) {
-      repeated.at(p, c);
-      Pack<A> a = load(s1 + p), b = load(s2 + p);
-      body.whole(start + r * period + p, c, a, b);
-      store(s1 + p, a);
-      store(s2 + p, b);
-    }
+    add_unrolled<1>(body, repeated, start + r * period, 1, s1, s2);
   }
 }
 

@@ -186,9 +186,9 @@ def run_models(job: Job, emit: Emit, progress: Progress) -> None:
             job, dtype, lambda what, at=2 * index: progress(at, total, f"{_model_name(job)} {what}")
         )
         progress(2 * index + 1, total, f"training step {dtype}: in turn")
-        limits = {"budget": 1.0, "min_rounds": 2} if job.quick else {"budget": 70, "min_rounds": 4}
+        limits = {"budget": 1.0, "min_rounds": 2} if job.quick else {"budget": 90, "min_rounds": 5}
         # The compared step was the warm-up: it compiled, and made gradients and momentum.
-        timings = measure(steps, warmup=0, max_rounds=15, **limits)
+        timings = measure(steps, warmup=0, settle=1, max_rounds=15, **limits)
         _emit_steps(job, dtype, source, timings, emit)
         del steps
     progress(total, total, "models")

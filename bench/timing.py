@@ -75,6 +75,7 @@ def measure(
     min_rounds: int = 3,
     max_rounds: int = 50,
     warmup: int = 2,
+    settle: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
     """Run ``rivals`` in turn until ``budget`` seconds are spent.
@@ -84,6 +85,8 @@ def measure(
         budget: seconds for the measured rounds, warm-up not included.
         min_rounds, max_rounds: bounds on the rounds, whatever the budget says.
         warmup: unmeasured rounds first; lazy work (compilation, page faults) ends up there.
+        settle: unmeasured calls of a rival at each of its turns. A training loop repeats one model;
+            its first step after a rival's pays for memory that the rival left in other pieces.
         clock: returns seconds; replaced in tests.
     """
     if not rivals:
@@ -100,6 +103,8 @@ def measure(
             if done >= min_rounds and clock() - began >= budget:
                 break
             for name, call in rivals.items():
+                for _ in range(settle):
+                    call()
                 start = clock()
                 call()
                 timings.seconds[name].append(clock() - start)

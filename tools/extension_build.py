@@ -24,7 +24,7 @@ INSTRUCTION_SETS = {
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
 CPU_KERNELS = ("add_relu", "bn_apply", "bn_backward", "bn_stats", "table")
-TORCH_SOURCES = ("tensors", "add_relu", "batch_norm_act", "register")
+TORCH_SOURCES = ("common", "cpu/tensors", "cpu/add_relu", "cpu/batch_norm_act", "cpu/register")
 
 
 class CannotBuild(Exception):
@@ -151,7 +151,7 @@ def ninja_file(plan: Plan, root: Path) -> str:
             objects.append(compile_one(csrc / "cpu" / f"{kernel}.cpp", name, own))
     for source in TORCH_SOURCES:
         objects.append(
-            compile_one(csrc / "torch" / f"{source}.cpp", f"torch_{source}", torch_flags)
+            compile_one(csrc / "torch" / f"{source}.cpp", f"torch/{source}", torch_flags)
         )
     info_object = compile_one(csrc / "torch" / "build_info.cpp", "info", f"{info} {description}")
     libraries = f"-L{plan.torch_root / 'lib'} -ltorch_cpu -ltorch -lc10"

@@ -33,10 +33,10 @@ Tensor to_layout(const Tensor& x, bool channels_last) {
       x, x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
 }
 
-int64_t mask_bytes(int64_t numel) { return 2 * ((numel + 15) / 16); }
+int64_t bytes_of_mask(int64_t numel) { return 2 * ((numel + 15) / 16); }
 
 Tensor new_mask(const Tensor& x) {
-  return torch::stable::new_empty(x, {mask_bytes(x.numel())}, ScalarType::Byte);
+  return torch::stable::new_empty(x, {bytes_of_mask(x.numel())}, ScalarType::Byte);
 }
 
 Tensor nothing(const Tensor& x, ScalarType type) { return torch::stable::new_empty(x, {0}, type); }
@@ -70,8 +70,8 @@ void check_mask(const Tensor& mask, const Tensor& x) {
   const int64_t numel = x.numel();
   check_device("mask", mask, x);
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && mask.dim() == 1 &&
-                      mask.numel() == mask_bytes(numel) && mask.is_contiguous(),
-                  "mask must be a 1-D uint8 tensor of ", mask_bytes(numel), " bytes for ", numel,
+                      mask.numel() == bytes_of_mask(numel) && mask.is_contiguous(),
+                  "mask must be a 1-D uint8 tensor of ", bytes_of_mask(numel), " bytes for ", numel,
                   " elements; got ", torch::headeronly::toString(mask.scalar_type()), " of shape ",
                   shape_text(mask));
 }

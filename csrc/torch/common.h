@@ -28,7 +28,7 @@ Tensor to_layout(const Tensor& x, bool channels_last);
 
 Tensor new_mask(const Tensor& x);
 Tensor nothing(const Tensor& x, ScalarType type);
-int64_t mask_bytes(int64_t numel);
+int64_t bytes_of_mask(int64_t numel);
 
 void check_device(const char* name, const Tensor& t, const Tensor& x);
 void check_same(const char* name, const Tensor& t, const Tensor& x);

@@ -17,11 +17,12 @@ import extension_build  # noqa: E402
 
 
 class NinjaBuild(build_ext):
-    """build_ext whose two modules are made by one ninja file."""
+    """build_ext whose modules are made by one ninja file."""
 
     def run(self) -> None:
         try:
-            plan = extension_build.resolve(ROOT)
+            # A checkout that is worked in also gets the emulated kernels, for its tests.
+            plan = extension_build.resolve(ROOT, emulated=self.inplace)
         except extension_build.CannotBuild as reason:
             print(f"resnet_fast: installing the pure-Python package (reference): {reason}")
             self.extensions = []

@@ -21,6 +21,8 @@ logger = logging.getLogger("resnet_fast")
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
 _DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 _HALF = frozenset((torch.float16, torch.bfloat16))
+# The fast implementation of each device type. The tests put the emulated CUDA kernels in here.
+_fast: dict[str, str] = {"cpu": "cpu", "cuda": "cuda"}
 
 
 class Event(NamedTuple):
@@ -91,12 +93,12 @@ def recording() -> Generator[list[Event], None, None]:
 
 
 def choose(op: str, x: Tensor, same: Tensor | None, *channel: Tensor | None) -> str:
-    """The implementation for one call: "cpu" or "reference".
+    """The implementation for one call: "cpu", "cuda" or "reference".
 
     x: the activation. same: a residual, or None. channel: weight, bias and running statistics.
     """
     reason = _why_not(x, same, channel)
-    impl = "reference" if reason else x.device.type
+    impl = "reference" if reason else _fast[x.device.type]
     note(op, impl, reason)
     return impl
 
@@ -106,19 +108,19 @@ def _why_not(x: Tensor, same: Tensor | None, channel: tuple[Tensor | None, ...])
     wanted = config.backend()
     if wanted == "reference":
         return "use_backend('reference')"
-    unavailable = env.why_unavailable()
+    device = x.device.type
+    if wanted not in ("auto", device):
+        return f"use_backend({wanted!r}), and x is on {device}"
+    if device not in _fast:
+        return f"no kernels for device {device}"
+    unavailable = env.why_unavailable(device)
     if unavailable is not None:
         return unavailable
-    device = x.device.type
-    if device != "cpu" or wanted == "cuda":
-        return _why_not_device(device, wanted)
-    return _why_not_tensors(x, same, channel) or _why_not_mode()
+    return _why_not_tensors(x, same, channel) or _why_not_mode() or _why_not_card(x)
 
 
-def _why_not_device(device: str, wanted: str) -> str:
-    if wanted in ("cpu", "cuda") and wanted != device:
-        return f"use_backend({wanted!r}), and x is on {device}"
-    return f"no kernels for device {device}"
+def _why_not_card(x: Tensor) -> str:
+    return env.why_not_card(x.device.index or 0) if x.device.type == "cuda" else ""
 
 
 def _why_not_tensors(x: Tensor, same: Tensor | None, channel: tuple[Tensor | None, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import platform
 import sys
@@ -16,7 +17,9 @@ import torch
 from resnet_fast import _library, config
 
 _HERE = Path(__file__).parent
+_CPU_FILE, _CUDA_FILE = _HERE / "_kernels.so", _HERE / "_kernels_cuda.so"
 _why_unavailable: str | None = "the extension has not been loaded yet"
+_why_no_cuda: str | None = _why_unavailable
 _build_info: ModuleType | None = None
 
 # glibc's mallopt parameters (malloc.h)
@@ -26,35 +29,66 @@ _INT_MAX = 2**31 - 1
 
 def load_extension() -> None:
     """Load the compiled kernels beside this file, if there are any; never raises."""
-    global _why_unavailable, _build_info
-    _why_unavailable = _try_load()
+    global _why_unavailable, _why_no_cuda, _build_info
+    _why_unavailable = _try_load(
+        _CPU_FILE, "the extension was not built (no compiler at installation?): the reference runs"
+    )
+    _why_no_cuda = _try_load(
+        _CUDA_FILE, "the CUDA kernels were not built (no nvcc at installation?)"
+    )
     if _why_unavailable is None:
         # The kernels serve every Python, this module only the one it was built for.
         with contextlib.suppress(ImportError):
             _build_info = importlib.import_module("resnet_fast._build_info")
 
 
-def _try_load() -> str | None:
+def _try_load(file: Path, missing: str) -> str | None:
     if config.disabled:
         return "RESNET_FAST_DISABLE=1 is set"
-    files = sorted(_HERE.glob("_kernels*.so")) + sorted(_HERE.glob("_kernels*.pyd"))
-    if not files:
-        return "the extension was not built (no compiler at installation?): the reference runs"
+    if not file.exists():
+        return missing
     try:
-        torch.ops.load_library(str(files[0]))
+        torch.ops.load_library(str(file))
     except (OSError, RuntimeError) as error:
-        return f"the extension did not load with torch {torch.__version__}: {error}"
+        return f"{file.name} did not load with torch {torch.__version__}: {error}"
     return None
 
 
-def is_available() -> bool:
-    """True if the compiled kernels are loaded (the CPU's; the GPU's too where they were built)."""
-    return _why_unavailable is None
+def is_available(device: str = "cpu") -> bool:
+    """True if the compiled kernels of a device type, "cpu" or "cuda", are loaded.
+
+    Whether a given GPU can run them is a question of its own: see why_not_card.
+    """
+    return why_unavailable(device) is None
 
 
-def why_unavailable() -> str | None:
-    """Why the compiled kernels are not loaded, in a sentence; None if they are."""
-    return _why_unavailable
+def why_unavailable(device: str = "cpu") -> str | None:
+    """Why the compiled kernels of a device type are not loaded, in a sentence; None if they are.
+
+    device: "cpu" or "cuda"; ValueError for any other.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu" or "cuda"; got {device!r}')
+    return _why_unavailable if device == "cpu" else _why_no_cuda
+
+
+# A compiler takes the answer as a constant: it does not change while the process lives.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_not_card(index: int) -> str:
+    """Why the CUDA device of this index cannot run the loaded kernels; "" if it can."""
+    return _ask_card(index)
+
+
+@functools.cache
+def _ask_card(index: int) -> str:
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    probe = ctypes.CDLL(str(_CUDA_FILE)).resnet_fast_cuda_problem
+    probe.restype = ctypes.c_char_p
+    with torch.cuda.device(index):
+        problem: bytes = probe()
+        name = torch.cuda.get_device_name()
+    return f"the CUDA kernels do not run on {name}: {problem.decode()}" if problem else ""
 
 
 def instruction_set() -> str | None:
@@ -95,7 +129,8 @@ def report() -> dict[str, str]:
 
     probes: dict[str, object] = {
         "resnet_fast": __version__,
-        "extension": lambda: "loaded" if is_available() else why_unavailable(),
+        "extension": lambda: why_unavailable() or "loaded",
+        "CUDA kernels": lambda: why_unavailable("cuda") or "loaded",
         "instruction set": lambda: instruction_set() or "-",
         "build": lambda: "-" if _build_info is None else _build_info.description(),
         "operators": lambda: ", ".join(s.split("(")[0] for s in _library.SCHEMAS),
@@ -105,14 +140,19 @@ def report() -> dict[str, str]:
         ),
         "torch": lambda: torch.__version__,
         "torch threads": torch.get_num_threads,
-        "CUDA": lambda: (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else "not available"
-        ),
+        "CUDA": _card,
         "processor": _processor,
         "system": platform.platform,
         "Python": lambda: sys.version.split()[0],
     }
     return {name: guarded(probe) for name, probe in probes.items()}
+
+
+def _card() -> str:
+    if not torch.cuda.is_available():
+        return "not available"
+    problem = why_unavailable("cuda") or why_not_card(torch.cuda.current_device())
+    return f"{torch.cuda.get_device_name()} ({problem or 'kernels run'})"
 
 
 def _processor() -> str:

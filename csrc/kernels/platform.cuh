@@ -80,6 +80,10 @@ Status launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block,
   return emu::run(name, grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
 }
 inline int multiprocessors() { return emu::options().multiprocessors; }
+template <class... P>
+Status can_run(void (*)(P...)) {
+  return {};
+}
 // Outputs and scratch start as NaN, so that an element nobody writes shows.
 inline void poison(void* memory, std::size_t bytes) {
   if (memory) std::memset(memory, 0xff, bytes);
@@ -194,6 +198,15 @@ Status launch(const char*, void (*kernel)(P...), dim3 grid, dim3 block, std::siz
   return {static_cast<int>(error), error == cudaSuccess ? "" : cudaGetErrorString(error)};
 }
 inline void poison(void*, std::size_t) {}
+// Whether the current device has code for the kernel.
+template <class... P>
+Status can_run(void (*kernel)(P...)) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  // Not sticky, but the next call that asks for the last error must not find this one.
+  if (error != cudaSuccess) cudaGetLastError();
+  return {static_cast<int>(error), error == cudaSuccess ? "" : cudaGetErrorString(error)};
+}
 
 #endif
 

@@ -26,6 +26,10 @@ struct Shape {
   Layout layout = Layout::kContiguous;
 };
 
+// Whether the current device can run this build's kernels: it has code for it, and the driver is
+// new enough.
+Status device_status();
+
 struct AddReluParams {
   DType dtype = DType::kFloat32;
   int64_t elements = 0;

@@ -48,29 +48,14 @@ Values scale_of(const Values& invstd, const OptionalTensor& weight) {
 
 const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-void check_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& residual, const OptionalTensor& running_mean,
-                   const OptionalTensor& running_var, bool training) {
-  check_cpu("x", x);
-  STD_TORCH_CHECK(x.dim() >= 2, "x must have 2 or more dimensions (N, C, *); got ", shape_text(x));
-  if (weight) check_channel("weight", *weight, x);
-  if (bias) check_channel("bias", *bias, x);
-  if (running_mean) check_channel("running_mean", *running_mean, x);
-  if (running_var) check_channel("running_var", *running_var, x);
-  if (residual) check_same("residual", *residual, x);
-  STD_TORCH_CHECK(training || (running_mean && running_var),
-                  "running_mean and running_var must be given when training is False");
-  STD_TORCH_CHECK(!training || x.numel() > 0, "x must not be empty when training; got ",
-                  shape_text(x));
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
     Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
     OptionalTensor running_mean, OptionalTensor running_var, bool training, double momentum,
     double eps, bool relu, bool save_mask) {
-  check_forward(x, weight, bias, residual, running_mean, running_var, training);
+  check_cpu("x", x);
+  check_batch_norm_forward(x, weight, bias, residual, running_mean, running_var, training);
   const cpu::DType dtype = dtype_of(x, "x");
   const bool channels_last = is_channels_last(x);
   x = to_layout(x, channels_last);
@@ -109,16 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
     OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
   check_cpu("x", x);
-  STD_TORCH_CHECK(x.dim() >= 2, "x must have 2 or more dimensions (N, C, *); got ", shape_text(x));
-  STD_TORCH_CHECK(x.numel() > 0, "x must not be empty; got ", shape_text(x));
-  STD_TORCH_CHECK(output_mask.size() == 4, "output_mask must have 4 entries; got ",
-                  output_mask.size());
-  check_same("grad", grad, x);
-  check_channel("mean", mean, x);
-  check_channel("invstd", invstd, x);
-  if (weight) check_channel("weight", *weight, x);
-  if (bias) check_channel("bias", *bias, x);
-  if (mask) check_mask(*mask, x.numel());
+  check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
   const bool want_dx = output_mask[0], want_dresidual = output_mask[1];
   const bool want_dweight = output_mask[2], want_dbias = output_mask[3];
 

@@ -78,36 +78,6 @@ cpu::DType dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-std::string shape_text(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + ")";
-}
-
-bool is_channels_last(const Tensor& x) {
-  const int64_t dim = x.dim();
-  if ((dim != 4 && dim != 5) || x.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int64_t k = 0; k < dim; ++k) {
-    const int64_t d = k == 0 ? 1 : (k < dim - 1 ? dim - k : 0);  // C, W, H, [D,] N
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return true;
-}
-
-Tensor to_layout(const Tensor& x, bool channels_last) {
-  using torch::headeronly::MemoryFormat;
-  if (!channels_last) return x.is_contiguous() ? x : torch::stable::contiguous(x);
-  if (is_channels_last(x)) return x;
-  return torch::stable::contiguous(
-      x, x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
-}
-
 cpu::Geometry geometry_of(const Tensor& x, bool channels_last) {
   const int64_t channels = x.size(1);
   int64_t pixels = 1;
@@ -123,46 +93,10 @@ Tensor new_like(const Tensor& x) {
   return y;
 }
 
-int64_t mask_bytes(int64_t numel) { return 2 * ((numel + 15) / 16); }
-
-Tensor new_mask(const Tensor& x) {
-  return torch::stable::new_empty(x, {mask_bytes(x.numel())}, ScalarType::Byte);
-}
-
-Tensor nothing(const Tensor& x, ScalarType type) { return torch::stable::new_empty(x, {0}, type); }
-
 bool too_large_for_cache(const Tensor& x) { return bytes_of(x) >= kStreamFrom; }
 
 void check_cpu(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as x is");
-}
-
-void check_same(const char* name, const Tensor& t, const Tensor& x) {
-  check_cpu(name, t);
-  bool same = t.dim() == x.dim() && t.scalar_type() == x.scalar_type();
-  for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
-  STD_TORCH_CHECK(same, name, " must have x's shape ", shape_text(x), " and dtype ",
-                  torch::headeronly::toString(x.scalar_type()), "; got ", shape_text(t), " and ",
-                  torch::headeronly::toString(t.scalar_type()));
-}
-
-void check_channel(const char* name, const Tensor& t, const Tensor& x) {
-  check_cpu(name, t);
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(1), name, " must have shape (", x.size(1),
-                  ",); got ", shape_text(t));
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float ||
-                      type == ScalarType::Half || type == ScalarType::BFloat16,
-                  name, " must be of a floating dtype; got ", torch::headeronly::toString(type));
-}
-
-void check_mask(const Tensor& mask, int64_t numel) {
-  check_cpu("mask", mask);
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && mask.dim() == 1 &&
-                      mask.numel() == mask_bytes(numel) && mask.is_contiguous(),
-                  "mask must be a 1-D uint8 tensor of ", mask_bytes(numel), " bytes for ", numel,
-                  " elements; got ", torch::headeronly::toString(mask.scalar_type()), " of shape ",
-                  shape_text(mask));
 }
 
 std::vector<double> read_channel(const OptionalTensor& t, int64_t channels, double missing) {

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> add_relu_forward(Tensor x, Tensor residual, bool save
 
 Tensor add_relu_backward(Tensor grad, Tensor mask, bool channels_last) {
   check_cpu("grad", grad);
-  check_mask(mask, grad.numel());
+  check_mask(mask, grad);
   STD_TORCH_CHECK(!channels_last || grad.dim() == 4 || grad.dim() == 5,
                   "channels_last needs a grad of 4 or 5 dimensions; got ", shape_text(grad));
   const cpu::DType dtype = dtype_of(grad, "grad");

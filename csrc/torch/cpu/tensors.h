@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Between tensors and the CPU kernels' parameters: outputs, coefficients, threads.
+#pragma once
+
+#include "../../cpu/params.h"
+#include "../common.h"
+
+namespace resnet_fast {
+
+// PyTorch's own threads.
+const cpu::Parallel& torch_threads();
+
+cpu::DType dtype_of(const Tensor& x, const char* name);
+cpu::Geometry geometry_of(const Tensor& x, bool channels_last);
+
+// A new tensor like the dense x. Large ones are put on huge pages, where the system has them: a
+// fresh tensor's page faults otherwise cost several times what writing it does.
+Tensor new_like(const Tensor& x);
+
+// Larger than what the cache keeps for the next operation: written past it.
+bool too_large_for_cache(const Tensor& x);
+
+void check_cpu(const char* name, const Tensor& t);
+// A per-channel tensor read into doubles, of any dtype and stride; `missing` where there is none.
+std::vector<double> read_channel(const OptionalTensor& t, int64_t channels, double missing);
+// values written to a dense or strided per-channel tensor, in its dtype.
+void write_channel(const Tensor& t, const std::vector<double>& values);
+
+// Per-channel coefficients in the accumulation type, rounded once from double.
+class Coefficients {
+ public:
+  Coefficients(const std::vector<double>& values, bool in_double);
+  const void* data() const {
+    return in_double_ ? static_cast<const void*>(doubles_.data())
+                      : static_cast<const void*>(floats_.data());
+  }
+
+ private:
+  bool in_double_;
+  std::vector<double> doubles_;
+  std::vector<float> floats_;
+};
+
+}  // namespace resnet_fast

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "tensors.h"
+
+namespace resnet_fast {
+
+namespace {
+
+// The running statistic as the kernel updates it, given back to the tensor where that was a copy.
+void give_back(const OptionalTensor& updated, OptionalTensor& running) {
+  if (running && updated->const_data_ptr() != running->const_data_ptr())
+    torch::stable::copy_(*running, *updated);
+}
+
+// The launcher divides by one less than the number of values.
+void check_count(const Tensor& x) {
+  STD_TORCH_CHECK(x.numel() > x.size(1),
+                  "Expected more than 1 value per channel when training, got input size ",
+                  shape_text(x));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
+    Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
+    OptionalTensor running_mean, OptionalTensor running_var, bool training, double momentum,
+    double eps, bool relu, bool save_mask) {
+  const OnDevice device(x, "x");
+  check_batch_norm_forward(x, weight, bias, residual, running_mean, running_var, training);
+  if (training) check_count(x);
+  BatchNormActParams p;
+  p.dtype = dtype_of(x, "x");
+  const bool channels_last = is_channels_last(x);
+  x = to_layout(x, channels_last);
+  if (residual) residual = to_layout(*residual, channels_last);
+  const OptionalTensor w = as_channel(weight, x), b = as_channel(bias, x);
+  const OptionalTensor new_mean = as_channel(running_mean, x), new_var = as_channel(running_var, x);
+  Tensor mean = new_channel(x), invstd = new_channel(x);
+  Tensor y = torch::stable::empty_like(x);
+  Tensor mask = save_mask ? new_mask(x) : nothing(x, ScalarType::Byte);
+
+  p.shape = shape_of(x, channels_last);
+  p.x = x.const_data_ptr();
+  p.residual = data_of(residual);
+  p.y = y.mutable_data_ptr();
+  p.mask = static_cast<uint8_t*>(data_if(save_mask, mask));
+  p.weight = data_of(w);
+  p.bias = data_of(b);
+  p.running_mean = mutable_data_of(new_mean);
+  p.running_var = mutable_data_of(new_var);
+  p.mean = mean.mutable_data_ptr();
+  p.invstd = invstd.mutable_data_ptr();
+  p.training = training;
+  p.relu = relu;
+  p.momentum = momentum;
+  p.eps = eps;
+  const Tensor scratch = new_bytes(x, batch_norm_act_scratch_bytes(p));
+  p.scratch = scratch.mutable_data_ptr();
+  check_status(launch_batch_norm_act(p, device.stream()), "batch_norm_act_forward");
+  if (training) {
+    give_back(new_mean, running_mean);
+    give_back(new_var, running_var);
+  }
+  return {y, mean, invstd, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
+    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
+  const OnDevice device(x, "x");
+  check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
+  const bool want_dx = output_mask[0], want_dresidual = output_mask[1];
+  const bool want_dweight = output_mask[2], want_dbias = output_mask[3];
+  BatchNormActBackwardParams p;
+  p.dtype = dtype_of(x, "x");
+  const bool channels_last = is_channels_last(x);
+  x = to_layout(x, channels_last);
+  grad = to_layout(grad, channels_last);
+  mean = as_channel(mean, x);
+  invstd = as_channel(invstd, x);
+  const OptionalTensor w = as_channel(weight, x), b = as_channel(bias, x);
+  const auto of_x = [&](bool wanted) {
+    return wanted ? torch::stable::empty_like(x) : nothing(x, x.scalar_type());
+  };
+  Tensor dx = of_x(want_dx), dresidual = of_x(want_dresidual);
+  Tensor dweight = new_channel(x), dbias = new_channel(x);
+
+  p.shape = shape_of(x, channels_last);
+  p.grad = grad.const_data_ptr();
+  p.x = x.const_data_ptr();
+  p.mean = mean.const_data_ptr();
+  p.invstd = invstd.const_data_ptr();
+  p.weight = data_of(w);
+  p.bias = data_of(b);
+  p.mask = static_cast<const uint8_t*>(data_of(mask));
+  p.dx = data_if(want_dx, dx);
+  p.dresidual = data_if(want_dresidual, dresidual);
+  p.dweight = data_if(want_dweight, dweight);
+  p.dbias = data_if(want_dbias, dbias);
+  p.training = training;
+  p.relu = relu;
+  const Tensor scratch = new_bytes(x, batch_norm_act_backward_scratch_bytes(p));
+  p.scratch = scratch.mutable_data_ptr();
+  check_status(launch_batch_norm_act_backward(p, device.stream()), "batch_norm_act_backward");
+  const ScalarType parameter =
+      weight ? weight->scalar_type() : (bias ? bias->scalar_type() : accumulate_type(x));
+  return {dx, dresidual, want_dweight ? as_type(dweight, parameter) : nothing(x, parameter),
+          want_dbias ? as_type(dbias, parameter) : nothing(x, parameter)};
+}
+
+}  // namespace resnet_fast

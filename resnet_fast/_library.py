@@ -30,6 +30,10 @@ SCHEMAS = (
     "batch_norm_act_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? weight,"
     " Tensor? bias, Tensor? mask, bool training, bool relu, bool[4] output_mask)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    # The same with the first wanted of dresidual and dx written over grad, and empty in the result.
+    "batch_norm_act_backward_(Tensor(a!) grad, Tensor x, Tensor mean, Tensor invstd,"
+    " Tensor? weight, Tensor? bias, Tensor? mask, bool training, bool relu, bool[4] output_mask)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -97,12 +101,20 @@ def _fake_batch_norm_act_backward(
     )
 
 
+def _fake_batch_norm_act_backward_(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, _, dweight, dbias = _fake_batch_norm_act_backward(*args)
+    if not args[-1][1]:  # without a dresidual, dx is what is written over grad
+        dx = _plain.nothing(dx, dx.dtype)
+    return dx, _plain.nothing(dx, dx.dtype), dweight, dbias
+
+
 # ---- registration --------------------------------------------------------------------------------
 _FAKES: dict[str, Callable[..., Any]] = {
     "add_relu_forward": _fake_add_relu_forward,
     "add_relu_backward": _fake_add_relu_backward,
     "batch_norm_act_forward": _fake_batch_norm_act_forward,
     "batch_norm_act_backward": _fake_batch_norm_act_backward,
+    "batch_norm_act_backward_": _fake_batch_norm_act_backward_,
 }
 
 for _name, _fake in _FAKES.items():

@@ -217,3 +217,26 @@ def batch_norm_act_backward(
         for g, want in zip((dweight, dbias), output_mask[2:], strict=True)
     ]
     return of_x[0], of_x[1], of_parameters[0], of_parameters[1]
+
+
+def batch_norm_act_backward_(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    training: bool,
+    relu: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dresidual, dweight, dbias = batch_norm_act_backward(
+        grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask
+    )
+    if output_mask[1]:
+        grad.copy_(dresidual)
+    elif output_mask[0]:
+        grad.copy_(dx)
+        dx = nothing(x, x.dtype)
+    return dx, nothing(x, x.dtype), dweight, dbias

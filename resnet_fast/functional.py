@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast import _plain, dispatch, reference
+from resnet_fast._reuse import may_overwrite
 from resnet_fast.layout import is_channels_last
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -24,6 +25,7 @@ _add_relu_forward = _ops.add_relu_forward.default
 _add_relu_backward = _ops.add_relu_backward.default
 _batch_norm_act_forward = _ops.batch_norm_act_forward.default
 _batch_norm_act_backward = _ops.batch_norm_act_backward.default
+_batch_norm_act_backward_ = _ops.batch_norm_act_backward_.default
 
 
 # ---- add_relu ------------------------------------------------------------------------------------
@@ -176,9 +178,15 @@ class _BatchNormAct(torch.autograd.Function):
         else:
             x, weight, bias, mean, invstd, mask = ctx.saved_tensors
             wanted = [want_x, want_residual, want_weight, want_bias]
-            dx, dresidual, dweight, dbias = _batch_norm_act_backward(
+            reuse = may_overwrite(grad, x)
+            backward = _batch_norm_act_backward_ if reuse else _batch_norm_act_backward
+            dx, dresidual, dweight, dbias = backward(
                 grad, x, mean, invstd, weight, bias, mask, ctx.training, ctx.relu, wanted
             )
+            if reuse and want_residual:
+                dresidual = grad
+            elif reuse and want_x:
+                dx = grad
         return (
             dx if want_x else None,
             dweight if want_weight else None,

@@ -163,6 +163,15 @@ def test_batch_norm_act_backward_output_mask(asked: tuple[bool, ...]) -> None:
         assert result.shape == (like.shape if wanted else (0,))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("residual", [None, "same"])
+def test_batch_norm_act_backward_over_grad(layout: str, residual: str | None) -> None:
+    x, grad = (draw(SHAPES[0], layout, torch.float32) for _ in range(2))
+    args = forward_args(x, residual=layout if residual else None)
+    asked = (True, residual is not None, True, True)
+    opcheck(OPS.batch_norm_act_backward_, backward_args(args, grad, asked), traced=True)
+
+
 # ---- registered and plain operators --------------------------------------------------------------
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=word)

@@ -90,11 +90,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
   return {y, saved_mean, saved_invstd, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
-    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
-  check_cpu("x", x);
-  check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
+namespace {
+
+// Gradients for checked arguments. With `overwrite` the first gradient of x's shape that is wanted
+// (the residual's, else x's) is written over grad, and its place in the result stays empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad, Tensor x, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& mask, bool training, bool relu,
+    const std::vector<bool>& output_mask, bool overwrite) {
   const bool want_dx = output_mask[0], want_dresidual = output_mask[1];
   const bool want_dweight = output_mask[2], want_dbias = output_mask[3];
 
@@ -114,20 +117,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
                             : (mask ? cpu::MaskSource::kBits : cpu::MaskSource::kRecompute);
   const auto* bits = mask ? static_cast<const uint16_t*>(mask->const_data_ptr()) : nullptr;
 
-  Tensor dresidual = want_dresidual ? new_like(x) : nothing(x, x.scalar_type());
+  const auto none = [&] { return nothing(x, x.scalar_type()); };
+  Tensor dresidual = !want_dresidual ? none() : (overwrite ? grad : new_like(x));
   void* masked = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
   Values sum(channels), dot(channels);
   const bool reduce = want_dweight || want_dbias || (want_dx && training);
-  const bool stream = too_large_for_cache(x);
+  // Not past the cache where the line has just been read from the same place.
+  const bool stream = too_large_for_cache(x), stream_masked = stream && !overwrite;
   if (reduce) {
     cpu::kernels().bn_reduce(
         {grad.const_data_ptr(), x.const_data_ptr(), bits, masked, centre.data(), scale.data(),
-         shift.data(), sum.data(), dot.data(), geometry, dtype, source, stream},
+         shift.data(), sum.data(), dot.data(), geometry, dtype, source, stream_masked},
         torch_threads());
   }
   // Once the masked gradient is written it is what the second pass reads.
   const bool behind_relu = reduce && want_dresidual;
-  Tensor dx = want_dx ? new_like(x) : nothing(x, x.scalar_type());
+  const bool dx_over_grad = overwrite && want_dx && !want_dresidual;
+  Tensor dx = !want_dx ? none() : (dx_over_grad ? grad : new_like(x));
   if (want_dx || (want_dresidual && !reduce)) {
     Values offset(sum), slope(dot);
     const double n = double(geometry.count());
@@ -138,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
         {behind_relu ? masked : grad.const_data_ptr(), x.const_data_ptr(), bits,
          behind_relu ? nullptr : masked, want_dx ? dx.mutable_data_ptr() : nullptr, centre.data(),
          scale.data(), shift.data(), training ? offsets.data() : nullptr, slopes.data(), geometry,
-         dtype, behind_relu ? cpu::MaskSource::kNone : source, stream},
+         dtype, behind_relu ? cpu::MaskSource::kNone : source, stream && !dx_over_grad},
         torch_threads());
   }
   const ScalarType parameter =
@@ -146,7 +152,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   for (int64_t c = 0; c < channels; ++c) dot[c] *= invstd_values[c];
   Tensor dweight = want_dweight ? channel_tensor(x, dot, parameter) : nothing(x, parameter);
   Tensor dbias = want_dbias ? channel_tensor(x, sum, parameter) : nothing(x, parameter);
-  return {dx, dresidual, dweight, dbias};
+  return {dx_over_grad ? none() : dx, overwrite ? none() : dresidual, dweight, dbias};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
+    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
+  check_cpu("x", x);
+  check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
+  return backward(grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
+    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
+  check_cpu("x", x);
+  check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    STD_TORCH_CHECK(grad.size(d) == 1 || grad.stride(d) == x.stride(d),
+                    "grad must have x's strides to be overwritten; it has another in dimension ",
+                    d);
+  }
+  STD_TORCH_CHECK(x.is_contiguous() || is_channels_last(x),
+                  "x must be dense, contiguous or channels-last, for grad to be overwritten");
+  return backward(grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask, true);
 }
 
 }  // namespace resnet_fast

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""When a backward may write its result over the incoming gradient.
+
+A fresh tensor is the dear part of a backward on a CPU (its pages are faulted in one by one), and
+the incoming gradient is most often used for the last time. PyTorch's own engine asks the same of a
+gradient before it accumulates in place or steals it: does anybody else hold it? Here that is three
+counts: of the Python object, of the tensor behind it, and of its storage. Each must be what it is
+for a gradient that the engine alone holds, which is measured once rather than assumed.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast.layout import is_channels_last
+
+_storage_uses = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+
+Counts = tuple[int, int, int]
+
+
+def _counts(grad: Tensor) -> Counts:
+    uses: int = grad._use_count()  # type: ignore[attr-defined]
+    return sys.getrefcount(grad), uses, _storage_uses(grad.untyped_storage()._cdata)
+
+
+class _Probe(torch.autograd.Function):
+    """Looks at a gradient from where the backwards of functional.py look at theirs."""
+
+    seen: Counts | None = None
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, torch.empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: None) -> Tensor:
+        _Probe.seen = _held(grad)
+        return grad * 2
+
+
+def _held(grad: Tensor) -> Counts:
+    return _counts(grad)
+
+
+def _measure() -> Counts | None:
+    """The counts of a gradient that only the engine holds; None where this PyTorch has none."""
+    try:
+        with torch.enable_grad():
+            x = torch.ones(2, requires_grad=True)
+            (_Probe.apply(x)[0] * 3).sum().backward()  # type: ignore[no-untyped-call]
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+    return _Probe.seen
+
+
+_alone: list[Counts | None] = []
+
+
+def may_overwrite(grad: Tensor, like: Tensor) -> bool:
+    """True if nobody but the engine holds grad, and it is a dense CPU tensor laid out as `like`.
+
+    To be called from the ``backward`` of an autograd Function, on its very argument.
+    """
+    if (
+        type(grad) is not Tensor
+        or grad.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or grad.dtype != like.dtype
+        or grad.shape != like.shape
+        or grad.stride() != like.stride()
+        or not (like.is_contiguous() or is_channels_last(like))
+        or not torch._C._has_storage(grad)  # as under vmap
+        or grad.is_conj()
+        or grad.is_neg()
+    ):
+        return False
+    if not _alone:
+        _alone.append(_measure())
+    # A storage that cannot be resized lies in memory of somebody else's, an array's say.
+    return _counts(grad) == _alone[0] and grad.untyped_storage().resizable()

@@ -30,7 +30,7 @@ SCHEMAS = (
     "batch_norm_act_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? weight,"
     " Tensor? bias, Tensor? mask, bool training, bool relu, bool[4] output_mask)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    # The same with the first wanted of dresidual and dx written over grad, and empty in the result.
+    # The same with dx written over grad, if it is wanted, and empty in the result.
     "batch_norm_act_backward_(Tensor(a!) grad, Tensor x, Tensor mean, Tensor invstd,"
     " Tensor? weight, Tensor? bias, Tensor? mask, bool training, bool relu, bool[4] output_mask)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
@@ -102,10 +102,8 @@ def _fake_batch_norm_act_backward(
 
 
 def _fake_batch_norm_act_backward_(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, _, dweight, dbias = _fake_batch_norm_act_backward(*args)
-    if not args[-1][1]:  # without a dresidual, dx is what is written over grad
-        dx = _plain.nothing(dx, dx.dtype)
-    return dx, _plain.nothing(dx, dx.dtype), dweight, dbias
+    dx, *rest = _fake_batch_norm_act_backward(*args)
+    return _plain.nothing(dx, dx.dtype), rest[0], rest[1], rest[2]
 
 
 # ---- registration --------------------------------------------------------------------------------

@@ -234,9 +234,6 @@ def batch_norm_act_backward_(
     dx, dresidual, dweight, dbias = batch_norm_act_backward(
         grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask
     )
-    if output_mask[1]:
-        grad.copy_(dresidual)
-    elif output_mask[0]:
+    if output_mask[0]:
         grad.copy_(dx)
-        dx = nothing(x, x.dtype)
-    return dx, nothing(x, x.dtype), dweight, dbias
+    return nothing(x, x.dtype), dresidual, dweight, dbias

@@ -178,15 +178,15 @@ class _BatchNormAct(torch.autograd.Function):
         else:
             x, weight, bias, mean, invstd, mask = ctx.saved_tensors
             wanted = [want_x, want_residual, want_weight, want_bias]
-            reuse = may_overwrite(grad, x)
-            backward = _batch_norm_act_backward_ if reuse else _batch_norm_act_backward
-            dx, dresidual, dweight, dbias = backward(
-                grad, x, mean, invstd, weight, bias, mask, ctx.training, ctx.relu, wanted
-            )
-            if reuse and want_residual:
-                dresidual = grad
-            elif reuse and want_x:
+            if want_x and may_overwrite(grad, x):
+                _, dresidual, dweight, dbias = _batch_norm_act_backward_(
+                    grad, x, mean, invstd, weight, bias, mask, ctx.training, ctx.relu, wanted
+                )
                 dx = grad
+            else:
+                dx, dresidual, dweight, dbias = _batch_norm_act_backward(
+                    grad, x, mean, invstd, weight, bias, mask, ctx.training, ctx.relu, wanted
+                )
         return (
             dx if want_x else None,
             dweight if want_weight else None,

@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
 
 namespace {
 
-// Gradients for checked arguments. With `overwrite` the first gradient of x's shape that is wanted
-// (the residual's, else x's) is written over grad, and its place in the result stays empty.
+// Gradients for checked arguments. With `overwrite` dx is written over grad, and its place in the
+// result stays empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor x, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& mask, bool training, bool relu,
@@ -118,22 +118,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const auto* bits = mask ? static_cast<const uint16_t*>(mask->const_data_ptr()) : nullptr;
 
   const auto none = [&] { return nothing(x, x.scalar_type()); };
-  Tensor dresidual = !want_dresidual ? none() : (overwrite ? grad : new_like(x));
+  Tensor dresidual = want_dresidual ? new_like(x) : none();
   void* masked = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
   Values sum(channels), dot(channels);
   const bool reduce = want_dweight || want_dbias || (want_dx && training);
-  // Not past the cache where the line has just been read from the same place.
-  const bool stream = too_large_for_cache(x), stream_masked = stream && !overwrite;
+  const bool stream = too_large_for_cache(x);
   if (reduce) {
     cpu::kernels().bn_reduce(
         {grad.const_data_ptr(), x.const_data_ptr(), bits, masked, centre.data(), scale.data(),
-         shift.data(), sum.data(), dot.data(), geometry, dtype, source, stream_masked},
+         shift.data(), sum.data(), dot.data(), geometry, dtype, source, stream},
         torch_threads());
   }
   // Once the masked gradient is written it is what the second pass reads.
   const bool behind_relu = reduce && want_dresidual;
-  const bool dx_over_grad = overwrite && want_dx && !want_dresidual;
-  Tensor dx = !want_dx ? none() : (dx_over_grad ? grad : new_like(x));
+  Tensor dx = !want_dx ? none() : (overwrite ? grad : new_like(x));
   if (want_dx || (want_dresidual && !reduce)) {
     Values offset(sum), slope(dot);
     const double n = double(geometry.count());
@@ -144,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
         {behind_relu ? masked : grad.const_data_ptr(), x.const_data_ptr(), bits,
          behind_relu ? nullptr : masked, want_dx ? dx.mutable_data_ptr() : nullptr, centre.data(),
          scale.data(), shift.data(), training ? offsets.data() : nullptr, slopes.data(), geometry,
-         dtype, behind_relu ? cpu::MaskSource::kNone : source, stream && !dx_over_grad},
+         dtype, behind_relu ? cpu::MaskSource::kNone : source, stream},
         torch_threads());
   }
   const ScalarType parameter =
@@ -152,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   for (int64_t c = 0; c < channels; ++c) dot[c] *= invstd_values[c];
   Tensor dweight = want_dweight ? channel_tensor(x, dot, parameter) : nothing(x, parameter);
   Tensor dbias = want_dbias ? channel_tensor(x, sum, parameter) : nothing(x, parameter);
-  return {dx_over_grad ? none() : dx, overwrite ? none() : dresidual, dweight, dbias};
+  return {overwrite ? none() : dx, dresidual, dweight, dbias};
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ class Coefficients {
   std::vector<float> floats_;
 };
 
-// batch_norm_act_backward that writes its first large gradient over grad; the CPU's alone.
+// batch_norm_act_backward that writes dx over grad; the CPU's alone.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
     Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
     OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask);

@@ -61,7 +61,7 @@ def test_what_is_no_architecture_is_refused(asked: str, monkeypatch: pytest.Monk
 
 def test_only_old_cards_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.0 7.5")
-    with pytest.raises(cuda_build.NoCuda, match="names no card of 8.0 or newer"):
+    with pytest.raises(cuda_build.NoCuda, match=r"names no card of 8\.0 or newer"):
         cuda_build.architectures(KNOWN)
 
 

@@ -17,23 +17,29 @@ from typing import Any
 REQUIRED = os.environ.pop("RESNET_FAST_REQUIRE", "0") == "1"
 
 import cases  # noqa: E402
-import hypothesis  # noqa: E402
+import emulated  # noqa: E402
 import oracle  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from devices import on_device  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import resnet_fast as rf  # noqa: E402
 from resnet_fast import _plain, config, dispatch, env, functional  # noqa: E402
 
-hypothesis.settings.register_profile(
-    "fixed",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
-hypothesis.settings.load_profile("fixed")
+try:
+    import hypothesis
+except ImportError:  # a bare machine: test_properties.py is one visible skip there
+    hypothesis = None  # type: ignore[assignment]
+else:
+    hypothesis.settings.register_profile(
+        "fixed",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    )
+    hypothesis.settings.load_profile("fixed")
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,18 @@ class Implementation:
         """Whether it goes through the raw operators."""
         return self.ran != "reference"
 
+    @property
+    def gpu_kernels(self) -> bool:
+        """Whether it runs the CUDA kernels, on a GPU or emulated."""
+        return self.name in ("emulated", "cuda")
+
     def missing(self) -> str | None:
         """Why it cannot be tested on this machine; None if it can."""
-        return rf.why_unavailable() if self.name == "cpu" else None
+        if self.name == "emulated":
+            return module if isinstance(module := emulated.load(), str) else None
+        if self.name == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device"
+        return rf.why_unavailable(self.name) if self.name in ("cpu", "cuda") else None
 
     def add_relu(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._call("add_relu", *args, **kwargs)
@@ -73,19 +88,26 @@ class Implementation:
 
     def _call(self, op: str, *args: Any, **kwargs: Any) -> Tensor:
         with dispatch.recording() as events:
-            y = getattr(functional, op)(*args, **kwargs)
+            function = getattr(functional, op)
+            if self.device == "cpu":
+                y = function(*args, **kwargs)
+            else:
+                y = on_device(self.device, function, args, kwargs)
         assert {e.impl for e in events} == {self.ran}, f"{self.name} was to run: {events}"
         return y
 
 
 # "plain": the raw operators in plain PyTorch behind the same autograd.Function, as on a device
-# without kernels of its own. A new device or emulator is one more row.
+# without kernels of its own. "emulated": the CUDA kernels on the CPU. "cuda": tests hand over
+# tensors of the CPU all the same, see devices.py.
 IMPLEMENTATIONS = {
     i.name: i
     for i in (
         Implementation("reference", backend="reference", ran="reference"),
         Implementation("plain", backend="auto", ran="cpu", raw=_plain),
         Implementation("cpu", backend="cpu", ran="cpu"),
+        Implementation("emulated", backend="auto", ran="emulated", raw=emulated.operators),
+        Implementation("cuda", backend="cuda", ran="cuda", device="cuda"),
     )
 }
 
@@ -97,6 +119,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = "not slow"
     # Small tensors need no second thread, and xdist's workers share the cores: see two_threads.
     torch.set_num_threads(1)
+    # Convolutions are compared with float64: not in TF32, cuDNN's default.
+    torch.backends.cudnn.allow_tf32 = False
     if REQUIRED and not rf.is_available():
         pytest.exit(f"RESNET_FAST_REQUIRE=1: {rf.why_unavailable()}", returncode=3)
 
@@ -120,12 +144,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An Implementation, switched on for the test."""
     chosen = IMPLEMENTATIONS[request.param]
-    if chosen.name == "plain":
+    if chosen.name in ("plain", "emulated"):
         monkeypatch.setattr(env, "_why_unavailable", None)
-        for op in ("add_relu", "batch_norm_act"):
-            for phase in ("forward", "backward"):
-                raw = getattr(_plain, f"{op}_{phase}")
-                monkeypatch.setattr(functional, f"_{op}_{phase}", raw)
+        monkeypatch.setitem(dispatch._fast, "cpu", chosen.ran)
+        for op in emulated.NAMES:
+            monkeypatch.setattr(functional, f"_{op}", getattr(chosen.raw, op))
     with rf.use_backend(chosen.backend):
         yield chosen
 

@@ -38,7 +38,7 @@ def _call(impl, t: dict[str, Tensor | None], **changes) -> Tensor:
 
 
 # ---- what is saved -------------------------------------------------------------------------------
-@pytest.mark.implementations("plain", "cpu")
+@pytest.mark.implementations("plain", "cpu", "emulated")
 @pytest.mark.parametrize("shape", [SHAPE, (2, 16, 8, 8), (2, 1, 3, 3)], ids=word)
 @pytest.mark.parametrize("residual", ["none", "tensor"])
 @pytest.mark.parametrize("activation", ["relu", None])
@@ -71,7 +71,7 @@ def test_saved_tensors(impl, shape, residual: str, activation: str | None, layou
 
 
 # ---- which gradients are computed ----------------------------------------------------------------
-@pytest.mark.implementations("plain", "cpu")
+@pytest.mark.implementations("plain", "cpu", "emulated")
 @pytest.mark.parametrize("needs", ["x", "w", "b", "r", "wb", "xr", "xwbr"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_only_what_needs_a_gradient_is_computed(
@@ -167,6 +167,7 @@ def test_retain_graph(impl, residual: bool) -> None:
         torch.autograd.grad(y, leaves, grad)
 
 
+@pytest.mark.implementations("reference", "plain", "cpu", "emulated")  # "cuda" saves copies
 @pytest.mark.parametrize("name", ["x", "weight"])
 @pytest.mark.parametrize("residual", [True, False])
 def test_a_saved_tensor_modified_in_place_is_detected(impl, name: str, residual: bool) -> None:
@@ -178,7 +179,7 @@ def test_a_saved_tensor_modified_in_place_is_detected(impl, name: str, residual:
         y.sum().backward()
 
 
-@pytest.mark.implementations("plain", "cpu")  # eager's ReLU saves its output
+@pytest.mark.implementations("plain", "cpu", "emulated")  # eager's ReLU saves its output
 def test_the_output_may_be_modified_in_place(impl) -> None:
     """y is not saved: the mask or x holds what the backward needs."""
     for residual, activation in product((True, False), ("relu", None)):
@@ -191,7 +192,7 @@ def test_the_output_may_be_modified_in_place(impl) -> None:
         assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
-@pytest.mark.implementations("plain", "cpu")  # eager saves the running statistics
+@pytest.mark.implementations("plain", "cpu", "emulated")  # eager saves the running statistics
 def test_the_residual_and_the_statistics_may_change_before_the_backward(impl) -> None:
     t = _tensors(residual=True)
     mean, var = torch.zeros(CHANNELS), torch.ones(CHANNELS)
@@ -212,7 +213,7 @@ def test_the_residual_and_the_statistics_may_change_before_the_backward(impl) ->
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
-@pytest.mark.implementations("plain", "cpu")
+@pytest.mark.implementations("plain", "cpu", "emulated")
 def test_frozen_statistics_may_change_before_the_backward(impl) -> None:
     """Eval mode, then an optimiser or EMA step on the buffers: the call's own values count."""
     t = _tensors()

@@ -132,7 +132,7 @@ def test_equals_eager(impl, case: Case) -> None:
     impl.compare(case)
 
 
-@pytest.mark.implementations("plain", "cpu")
+@pytest.mark.implementations("plain", "cpu", "emulated", "cuda")
 @pytest.mark.parametrize("case", _once(_mixed()), ids=str)
 def test_mixed_layouts(impl, case: Case) -> None:
     impl.compare(case)
@@ -166,7 +166,7 @@ def test_everything_with_everything(impl, shape: tuple[int, ...], layout: str) -
         )
 
 
-@pytest.mark.implementations("plain", "cpu")
+@pytest.mark.implementations("plain", "cpu", "emulated", "cuda")
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=word)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -171,6 +171,7 @@ def test_channels_last_goes_through(impl) -> None:
     assert layouts.is_channels_last(y)
 
 
+@pytest.mark.implementations("reference", "plain", "cpu", "emulated")  # autocast of the CPU
 def test_under_autocast_the_convolution_runs_in_half(impl) -> None:
     t = make(Conv(), Case())
     with torch.autocast("cpu", dtype=torch.bfloat16), dispatch.recording() as events:

@@ -13,7 +13,7 @@ from cases import HALF, Case, word
 from layouts import lay
 from torch import Tensor
 
-pytestmark = pytest.mark.implementations("plain", "cpu")
+pytestmark = pytest.mark.implementations("plain", "cpu", "emulated", "cuda")
 DTYPES = (torch.float64, torch.float32, *HALF)
 SHAPES = ((8, 67, 29, 31), (64, 3, 33, 33), (512, 130), (2, 300, 7, 7), (1, 64, 112, 112))
 

@@ -242,6 +242,7 @@ class Block(nn.Module):
         return self.op(x, bn.weight, bn.bias, bn.running_mean, bn.running_var)
 
 
+@pytest.mark.implementations("reference", "plain", "cpu", "emulated")
 def test_functional_call_equals_eager(impl) -> None:
     """With no transform around it, functional_call stays on the fast path."""
     state = {"bn.weight": torch.rand(C), "bn.running_mean": torch.randn(C)}

@@ -100,7 +100,7 @@ def test_batch_norm_act_second_order(impl, case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.implementations("plain", "cpu")
+@pytest.mark.implementations("plain", "cpu", "emulated", "cuda")
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_batch_norm_act_second_order_in_full(impl, case: Case) -> None:
     """Every element of the second derivative, where the test above takes random projections."""
@@ -175,7 +175,7 @@ def test_add_relu_penalty_equals_eager(impl) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.implementations("plain", "cpu")
+@pytest.mark.implementations("plain", "cpu", "emulated", "cuda")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_third_order(impl, training: bool) -> None:
     """Against the plain formula: F.batch_norm's own third order is wrong in training (its second

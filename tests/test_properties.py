@@ -11,10 +11,12 @@ import oracle
 import pytest
 import torch
 from cases import HALF, Case
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from layouts import LAYOUTS, lay
 from test_add_relu import assert_same_as_eager
+
+pytest.importorskip("hypothesis")
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 DTYPES = (torch.float64, torch.float32, *HALF)
 FEW, MANY = 60, 1000
@@ -72,7 +74,7 @@ def test_batch_norm_act(impl, case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.implementations("plain", "cpu")
+@pytest.mark.implementations("plain", "cpu", "emulated", "cuda")
 @given(case=any_case())
 @settings(max_examples=MANY)
 def test_batch_norm_act_many(impl, case: Case) -> None:
@@ -102,7 +104,7 @@ def test_add_relu(impl, tensors: tuple[torch.Tensor, ...]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.implementations("plain", "cpu")
+@pytest.mark.implementations("plain", "cpu", "emulated", "cuda")
 @given(tensors=joins())
 @settings(max_examples=MANY)
 def test_add_relu_many(impl, tensors: tuple[torch.Tensor, ...]) -> None:

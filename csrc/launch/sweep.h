@@ -33,7 +33,8 @@ inline SweepPlan plan_sweep(const Shape& shape, int vector, int blocks_per_sm) {
     plan.blocks = std::min(needed, std::max(period, wave / period * period));
   }
   const int64_t largest = std::max(plan.shape.elements, plan.blocks * per_block);
-  plan.shape.by_inner = Divider(shape.inner, largest);
+  // 1: an empty tensor has no element to find the channel of.
+  plan.shape.by_inner = Divider(std::max<int64_t>(1, shape.inner), largest);
   plan.shape.by_channels = Divider(shape.c, largest);
   return plan;
 }

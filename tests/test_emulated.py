@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The emulated operators: the bytes they promise to move, thread order, plans, and how they fail.
+
+Their numbers are tested with those of every other implementation, as "emulated".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from layouts import lay
+from torch import Tensor
+
+import resnet_fast as rf
+from resnet_fast import dispatch, functional
+
+pytestmark = pytest.mark.skipif(isinstance(emulated.load(), str), reason=str(emulated.load()))
+ops = emulated.operators
+SHAPE = (4, 64, 28, 28)
+LAYOUTS = ("contiguous", "channels_last")
+HALF_MB = 4 * 64 * 28 * 28  # elements
+
+
+def call(layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch norm with residual, forward and backward: every output."""
+    rng = torch.Generator().manual_seed(0)
+    x, residual, grad = (lay(torch.randn(SHAPE, generator=rng).to(dtype), layout) for _ in range(3))
+    weight, bias = torch.rand(64, generator=rng), torch.rand(64, generator=rng)
+    mean, var = torch.zeros(64), torch.ones(64)
+    y, m, i, mask = ops.batch_norm_act_forward(
+        x, weight, bias, residual, mean, var, True, 0.1, 1e-5, True, True
+    )
+    grads = ops.batch_norm_act_backward(
+        grad, x, m, i, weight, bias, mask, True, True, [True, True, True, True]
+    )
+    names = ("dx", "dresidual", "dweight", "dbias")
+    named = dict(zip(names, grads, strict=True))
+    return {"y": y, "m": m, "i": i, "mask": mask, "mean": mean, "var": var, **named}
+
+
+def moved(function: Callable[[], Any]) -> dict[str, int]:
+    """Kernel -> bytes read from and written to memory by one call."""
+    with emulated.options(count=True):
+        controls = emulated.controls()
+        controls.reset_counters()
+        function()
+        found = controls.counters()
+        controls.reset_counters()
+    return {k: c["bytes_read"] + c["bytes_written"] for k, c in found.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_moved(layout: str, dtype: torch.dtype) -> None:
+    """The binding hands over what the kernels' headers count: no pass more, no copy."""
+    size = HALF_MB * dtype.itemsize
+    bits = HALF_MB // 8
+    sums = moved(lambda: call(layout, dtype))
+    # x | x, residual, y, mask | grad, x, mask, dresidual | dresidual, x, dx
+    expected = {
+        "bn_stats": size,
+        "bn_apply": 3 * size + bits,
+        "bn_grad": 3 * size + bits,
+        "bn_grad_apply": 3 * size,
+    }
+    for kernel, count in expected.items():
+        # Beyond that only partial sums and per-channel arrays, a few kilobytes.
+        assert count <= sums[kernel] <= 1.03 * count, (kernel, sums[kernel] / count)
+    assert sums.keys() <= {*expected, "bn_stats_merge", "bn_grad_merge"}
+
+
+def test_bytes_moved_by_add_relu() -> None:
+    x = torch.randn(SHAPE)
+    size, bits = 4 * HALF_MB, HALF_MB // 8
+    y, mask = ops.add_relu_forward(x, x + 1, True)
+    assert moved(lambda: ops.add_relu_forward(x, x + 1, True)) == {"add_relu": 3 * size + bits}
+    assert moved(lambda: ops.add_relu_backward(y, mask, False)) == {
+        "add_relu_backward": 2 * size + bits
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_thread_orders_give_the_same_bits(layout: str) -> None:
+    results = []
+    for seed in range(5):
+        with emulated.options(seed=seed):
+            results.append(call(layout, torch.bfloat16))
+    for again in results[1:]:
+        for name, result in results[0].items():
+            assert torch.equal(result, again[name]), name
+
+
+@pytest.mark.parametrize("kernel", ["bn_stats", "bn_grad"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_reductions_fill_the_card_and_cover_the_rows(kernel: str, channels_last: bool) -> None:
+    with emulated.options(multiprocessors=132):
+        plan = emulated.controls().launch_plan(kernel, "bfloat16", 256, 256, 3136, channels_last)
+    blocks = plan["blocks_x"] * plan["splits"]
+    assert plan["vector"] == 8
+    assert 132 <= blocks <= 3 * 132
+    assert plan["threads_x"] * plan["threads_y"] == 256
+    assert plan["tiles"] * plan["unroll"] * plan["threads_y"] >= plan["rows"]
+
+
+@pytest.mark.parametrize("kernel", ["bn_apply", "bn_grad_apply"])
+def test_sweeps_are_one_wave(kernel: str) -> None:
+    with emulated.options(multiprocessors=132):
+        large = emulated.controls().launch_plan(kernel, "float32", 256, 256, 3136, True)
+        small = emulated.controls().launch_plan(kernel, "float32", 1, 3, 5, False)
+    assert large == {"blocks": 2 * 132, "channels_last": 1, "vector": 4}
+    assert small["blocks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("bn_stat", "float32", 1, 2, 3, True), "kernel must be"),
+        (("bn_stats", "int8", 1, 2, 3, True), "dtype must be"),
+        (("bn_stats", "float32", 0, 2, 3, True), "must be positive"),
+    ],
+)
+def test_a_plan_of_nothing_is_refused(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        emulated.controls().launch_plan(*arguments)
+
+
+def test_training_on_one_value_is_refused_before_any_statistic_moves() -> None:
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="Expected more than 1 value per channel"):
+        ops.batch_norm_act_forward(
+            torch.ones(1, 3), None, None, None, mean, var, True, 0.1, 1e-5, True, False
+        )
+    assert torch.equal(mean, torch.zeros(3))
+    assert torch.equal(var, torch.ones(3))
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_evaluation_of_an_empty_tensor(n: int) -> None:
+    x = torch.empty(n, 3, 0)
+    y, mean, invstd, _ = ops.batch_norm_act_forward(
+        x, None, None, None, torch.ones(3), torch.full((3,), 4.0), False, 0.1, 0.0, True, False
+    )
+    assert y.shape == x.shape
+    assert (mean.tolist(), invstd.tolist()) == ([1.0] * 3, [0.5] * 3)
+
+
+@pytest.mark.implementations("emulated")
+def test_explain_names_them(impl) -> None:
+    model = rf.models.resnet20().eval()
+    table = rf.explain(model, torch.randn(2, 3, 8, 8))
+    named = {row.implementation for row in table.rows}
+    assert "emulated" in named
+    assert "cpu" not in named
+
+
+@pytest.mark.implementations("emulated")
+def test_they_are_not_what_the_backend_cpu_means_elsewhere(impl) -> None:
+    with dispatch.recording() as events:
+        functional.add_relu(torch.ones(3), torch.ones(3))
+    assert events == [dispatch.Event("add_relu", "emulated", "")]

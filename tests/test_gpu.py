@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What only a GPU can show: streams, CUDA graphs, several devices, whole models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import resnet_fast as rf
+from resnet_fast import functional
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def tensors(device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    rng = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, kind: torch.dtype) -> Tensor:
+        return torch.randn(*shape, generator=rng, device=device, dtype=kind)
+
+    image = {n: random(8, 64, 14, 14, kind=dtype) for n in ("x", "residual", "grad")}
+    image = {n: t.to(memory_format=torch.channels_last) for n, t in image.items()}
+    return image | {n: random(64, kind=torch.float32) for n in ("weight", "bias")}
+
+
+def step(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Output and gradients of one batch norm with residual."""
+    leaves = [t[n].detach().requires_grad_() for n in ("x", "residual", "weight", "bias")]
+    x, residual, weight, bias = leaves
+    y = functional.batch_norm_act(x, weight, bias, None, None, residual=residual, training=True)
+    return (y.detach(), *torch.autograd.grad(y, leaves, t["grad"]))
+
+
+def assert_equal(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_kernels_are_there() -> None:
+    """No skip: on a machine with a GPU they must have been built for it."""
+    assert rf.why_unavailable("cuda") is None
+    assert rf.env.why_not_card(torch.cuda.current_device()) == ""
+
+
+def test_launches_go_to_the_current_stream() -> None:
+    t = tensors()
+    expected = step(t)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # what another stream ran now would come too early
+        t["x"].neg_()
+        t["x"].neg_()
+        got = step(t)
+    stream.synchronize()
+    assert_equal(got, expected)
+
+
+def test_forward_and_backward_in_a_cuda_graph() -> None:
+    t = tensors()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(t)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(t)
+    for n in ("x", "residual", "grad"):
+        t[n].mul_(-0.5)
+    expected = step(t)
+    graph.replay()
+    assert_equal(captured, expected)
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    t = tensors()
+    half = {n: v.half() for n, v in t.items()}  # parameters, too: converted on the GPU
+    step(t), step(half)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(t), step(half)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one() -> None:
+    assert_equal(
+        tuple(v.cpu() for v in step(tensors("cuda:1"))), tuple(v.cpu() for v in step(tensors()))
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_runs_the_cuda_kernels_and_gives_eagers_numbers(training: bool) -> None:
+    torch.manual_seed(0)
+    plain = rf.models.resnet18(num_classes=10).cuda().double().train(training)
+    ours = copy.deepcopy(plain)
+    x = torch.randn(4, 3, 64, 64, device="cuda", dtype=torch.float64)
+    table = rf.explain(ours, x)
+    assert {row.implementation for row in table.rows} == {"cuda"}
+    results: list[list[Tensor]] = []
+    settings: Any = ((plain, "reference"), (ours, "cuda"))
+    for model, backend in settings:
+        with rf.use_backend(backend):
+            y = model(x)
+            y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_under_autocast() -> None:
+    t = tensors(dtype=torch.float32)
+    conv = torch.randn(64, 64, 1, 1, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        y = functional.conv_bn_act(t["x"], conv, t["weight"], t["bias"], None, None, training=True)
+        z = F.conv2d(t["x"], conv)
+        eager = F.relu(F.batch_norm(z, None, None, t["weight"], t["bias"], training=True))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, eager, rtol=0.02, atol=0.02)

@@ -18,9 +18,8 @@ def each_conv(model: nn.Module, change: Any) -> None:
     """Put change(conv) in the place of every 3x3 convolution of the blocks."""
     for m in list(model.modules()):
         for name, child in list(m.named_children()):
-            if name.startswith("conv") and isinstance(child, nn.Conv2d) and hasattr(m, "stride"):
-                if child.kernel_size == (3, 3):
-                    setattr(m, name, change(child))
+            if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3):
+                setattr(m, name, change(child))
 
 
 class LoRA(nn.Module):

@@ -2,7 +2,8 @@
 """One way of use through the untouched model, the accelerated one and ours, and all compared.
 
 Each test_uNN_*.py states its row as ``WAY``; docs/uses.md is made from them (table.py), and the
-statement is what ``Way.check`` asserts: which reasons, and no others, keep a block off the fast path.
+statement is what ``Way.check`` asserts: which reasons, and no others, keep a block off the fast
+path.
 """
 
 from __future__ import annotations

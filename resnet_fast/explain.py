@@ -147,7 +147,8 @@ def _has_bare_norm(module: nn.Module) -> bool:
 
 def _within(name: str, cls: type[nn.Module]) -> tuple[str, ...]:
     """The prefix of what lies in a block; () for a whole model or a sequence of any modules."""
-    return () if len(_norms(cls)) < 2 else (f"{name}." if name else "",)
+    block = len(_norms(cls)) > 1 or hasattr(cls, "_resnet_fast_block")
+    return () if not block else (f"{name}." if name else "",)
 
 
 # ---- the run -------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def _class_for(original: type[nn.Module], forward: Forward, method: str) -> type
             return cast(Tensor, getattr(original, method)(self, x))
         return forward(self, x, lambda x: cast(Tensor, getattr(original, method)(self, x)))
 
-    return _subclass(original, (original,), {method: fused, "_resnet_fast_norms": ()})
+    names = {method: fused, "_resnet_fast_norms": (), "_resnet_fast_block": True}
+    return _subclass(original, (original,), names)
 
 
 def replaced(module: Any, x: object, method: str, known: object) -> bool:

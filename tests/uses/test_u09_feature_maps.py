@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 from twins import Results
-from ways import FALLS_BACK, Way, gradients, photos, small_basic, small_bottleneck, state
+from ways import FALLS_BACK, Way, gradients, photos, small_basic, small_bottleneck, state, tv
 
 import resnet_fast as rf
 
@@ -90,9 +90,9 @@ def test_getter_before_accelerate() -> None:
     def plain(lib: Any) -> nn.Module:
         return small_basic(lib)
 
-    theirs = plain(__import__("torchvision").models.resnet).double()
+    theirs = plain(tv).double()
     want = IntermediateLayerGetter(theirs, LAYERS)(photos())
-    theirs_again = plain(__import__("torchvision").models.resnet).double()
+    theirs_again = plain(tv).double()
     theirs_again.load_state_dict(theirs.state_dict())
     got = use(theirs_again)
     for name, t in want.items():

@@ -15,19 +15,15 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-import shims
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import resnet as tv
 from twins import Results, assert_same, randomise
 
 import resnet_fast as rf
 from resnet_fast import dispatch
 from resnet_fast.models import resnet as ours_module
-
-shims.torchvision_or_skip()
-
-from torchvision.models import resnet as tv  # noqa: E402
 
 Build = Callable[[Any], nn.Module]
 Use = Callable[[Any], Results]

@@ -33,7 +33,9 @@ _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = (Tensor, nn.Parameter, type(None))
 
 # Other norms than nn.BatchNorm2d that the fused op can stand for, and the forward of each.
-_OTHER_NORMS: dict[type[nn.Module], Callable[..., Any]] = {}
+_OTHER_NORMS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.SyncBatchNorm: nn.SyncBatchNorm.forward
+}
 _FROZEN: set[type[nn.Module]] = set()
 
 State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

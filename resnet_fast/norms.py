@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Batch norm modules as the fused op: which can be, and what each one's own forward would do.
 
-Known are nn.BatchNorm2d and frozen norms (torchvision's FrozenBatchNorm2d; register_frozen_norm).
+Known are nn.BatchNorm2d, nn.SyncBatchNorm, and frozen norms (torchvision's FrozenBatchNorm2d;
+register_frozen_norm).
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from resnet_fast import functional
+from resnet_fast import functional, synchronised
 from resnet_fast._ready import (
     State,
     frozen_norm,
@@ -28,6 +30,8 @@ def fusable(bn: nn.Module, x: Tensor) -> State | None:
     """bn's tensors if the fused op can stand for bn(x), or None."""
     if not (plain_tensor(x) and plain_norm(bn)):
         return None
+    if torch.compiler.is_compiling() and type(bn) is nn.SyncBatchNorm:
+        return None  # its collectives are the compiler's to place
     state = plain_state(bn)
     return None if state is None or (frozen_norm(bn) and _why_not_frozen(state, x)) else state
 
@@ -43,10 +47,15 @@ def fused(
 
 
 def batch_norm(
-    bn: nn.BatchNorm2d, state: State, x: Tensor, residual: Tensor | None, activation: str | None
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm,
+    state: State,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
-    """nn.BatchNorm2d.forward, with a residual and an activation."""
+    """nn.BatchNorm2d.forward, or nn.SyncBatchNorm's, with a residual and an activation."""
     bn._check_input_dim(x)
+    group = synchronised.group_of(bn) if isinstance(bn, nn.SyncBatchNorm) else None
     weight, bias, mean, var = state
     from_batch = bn.training or mean is None
     counter, momentum = None, bn.momentum
@@ -61,19 +70,12 @@ def batch_norm(
         counter.add_(1)
     if momentum is None:  # the cumulative average
         momentum = 0.0 if counter is None else 1.0 / float(counter)
+    kwargs: Any = {"residual": residual, "momentum": momentum, "eps": bn.eps}
+    kwargs["activation"] = activation
     try:
-        return functional.batch_norm_act(
-            x,
-            weight,
-            bias,
-            mean,
-            var,
-            residual=residual,
-            training=from_batch,
-            momentum=momentum,
-            eps=bn.eps,
-            activation=activation,
-        )
+        if group is not None:
+            return synchronised.batch_norm_act(x, weight, bias, mean, var, group, **kwargs)
+        return functional.batch_norm_act(x, weight, bias, mean, var, training=from_batch, **kwargs)
     except (ValueError, TypeError, RuntimeError):
         if counter is not None:
             counter.sub_(1)

@@ -24,7 +24,7 @@ INSTRUCTION_SETS = {
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
 CPU_KERNELS = ("add_relu", "bn_apply", "bn_backward", "bn_stats", "table")
-TORCH_SOURCES = ("tensors", "add_relu", "batch_norm_act", "register")
+TORCH_SOURCES = ("tensors", "add_relu", "batch_norm_act", "batch_norm_phases", "register")
 
 
 class CannotBuild(Exception):

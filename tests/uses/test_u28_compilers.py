@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""U28: torch.compile in one graph, static and dynamic, torch.export, jit.trace."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from twins import Results, assert_same
+from ways import (
+    FALLS_BACK,
+    Way,
+    fast_twin,
+    gradients,
+    make,
+    photos,
+    small_basic,
+    small_bottleneck,
+    state,
+    tv,
+)
+
+WAY = Way(
+    "U28",
+    "compilers and export",
+    FALLS_BACK,
+    "torch.compile: fast, one graph; exported and traced graphs hold standard operators, so that "
+    "they run anywhere",
+)
+
+
+def step(model: Any, x: torch.Tensor) -> Results:
+    model.zero_grad()
+    y = model(x)
+    y.square().mean().backward()
+    results = {"y": y.detach()} | gradients(model) | state(model)
+    return {name.replace("_orig_mod.", ""): t for name, t in results.items()}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("library", ["torchvision", "ours"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_graph_forward_and_backward(library: str, dynamic: bool) -> None:
+    """fullgraph, through aot_autograd: our operators are in the graph, and no recompilation
+    comes with a second batch size where shapes are dynamic."""
+    untouched = make(small_bottleneck, tv)
+    counter = CompileCounterWithBackend("aot_eager")
+    model = torch.compile(
+        fast_twin(library, small_bottleneck, untouched),
+        backend=counter,
+        fullgraph=True,
+        dynamic=dynamic or None,
+    )
+    plain = copy.deepcopy(untouched)
+    for count in (3, 2) if dynamic else (3, 3):
+        x = photos()[:count]
+        assert_same(step(model, x), step(plain, x), rtol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_functional_ops_are_in_the_graph() -> None:
+    """What Inductor is given holds our raw operators, no batch norm of PyTorch's."""
+    seen: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = torch.compile(
+        fast_twin("torchvision", small_basic, make(small_basic, tv)).eval(),
+        backend=aot_autograd(fw_compiler=backend),
+        fullgraph=True,
+    )
+    with torch.no_grad():
+        compiled(photos())
+    assert sum("resnet_fast" in name for name in seen) >= 12
+    assert not any("native_batch_norm" in name for name in seen)
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    untouched = make(small_basic, tv)
+    model = torch.compile(fast_twin("torchvision", small_basic, untouched), fullgraph=True)
+    assert_same(step(model, photos()), step(copy.deepcopy(untouched), photos()), rtol=1e-6)
+
+
+def test_export() -> None:
+    """torch.export of the accelerated model: the same graph of standard operators."""
+    untouched = make(small_basic, tv).eval()
+    fast = fast_twin("torchvision", small_basic, untouched)
+    shapes = ({0: torch.export.Dim("batch", min=2, max=16)},)
+    programs = [
+        torch.export.export(model, (photos(),), dynamic_shapes=shapes)
+        for model in (untouched, fast)
+    ]
+    targets = [
+        [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        for program in programs
+    ]
+    assert not any("resnet_fast" in name for name in targets[1])
+    assert len(targets[0]) == len(targets[1])
+    x = photos()[:2]
+    torch.testing.assert_close(programs[1].module()(x), untouched(x))
+
+
+def test_trace() -> None:
+    def use(model: Any) -> Results:
+        traced = torch.jit.trace(model.eval(), (photos(),))
+        return {"y": traced(photos()[:2]).detach()}
+
+    WAY.check(small_basic, use, falls_back=("torch.jit.trace is active",))

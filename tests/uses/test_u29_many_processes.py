@@ -37,8 +37,9 @@ def test_synchronised_norms(order: str, one: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_synchronised_norms_of_half_precision(tmp_path: Path) -> None:
-    """bfloat16 activations: the two processes agree with each other to the bit."""
+    """bfloat16: the statistics of two processes agree to the bit, though their batches differ."""
     a, b = run(processes.synchronised_bfloat16, tmp_path)
+    assert len(a) > 40
     assert all(torch.equal(a[name], t) for name, t in b.items())
 
 

@@ -64,10 +64,11 @@ def test_training_with_fake_quantisation() -> None:
     def use(model: Any) -> Results:
         quantise(model)
         model.double()
-        # One step: a value on the border between two levels is decided by rounding.
+        # Not on levels of quantised values, where the largest of four is decided by rounding.
+        model.maxpool = nn.Identity()
         return train(model, steps=1)
 
-    WAY.check(small_basic, use, rtol=1e-3)
+    WAY.check(small_basic, use)
 
 
 def test_a_quantiser_sees_the_graph_it_expects() -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from twins import Log, assert_same, image, randomise, step, twin
+from twins import Log, assert_same, image, randomise, reasons, step, twin
 
 import resnet_fast as rf
 
@@ -62,6 +62,7 @@ class Mutations(RuleBasedStateMachine):
         self.models = [plain, rf.accelerate(twin(plain))]
         self.logs = [Log(), Log()]
         self.handles: list[list[Any]] = [[], []]
+        assert not reasons(lambda: step(twin(self.models[1]), X))
 
     def both(self, change: Any) -> None:
         """change(model, i) on each, then a step through each."""

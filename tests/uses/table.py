@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,15 @@ def ways() -> list[Any]:
 
 def page() -> str:
     """docs/uses.md as it should be."""
+    from ways import EXCEPT, FALLS_BACK, FAST
+
     rows = ways()
     lines = [f"| {w.number} | {w.name} | {w.status} | {w.why} |" for w in rows]
-    fast = sum(w.status == "fast" for w in rows)
-    tail = f"\n{fast} of {len(rows)} rows run every block on the fast path.\n"
+    counts = Counter(way.status for way in rows)
+    tail = (
+        f"\nOf {len(rows)} rows {counts[FAST]} run every block on the fast path, {counts[EXCEPT]} "
+        f"do but for the exception named, and {counts[FALLS_BACK]} fall back.\n"
+    )
     return HEAD + "\n".join(lines) + "\n" + tail
 
 

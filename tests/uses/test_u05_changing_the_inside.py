@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from twins import Results, image
-from ways import FALLS_BACK, Way, photos, small_basic, train
+from ways import EXCEPT, Way, photos, small_basic, train
 
 WAY = Way(
     "U05",
     "changing the inside",
-    FALLS_BACK,
-    "keys at convolutions, blocks and layers: fast; only the block whose norm is hooked falls back",
+    EXCEPT,
+    "a block whose norm itself has the hook, that block alone",
 )
 
 

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 from twins import Results
-from ways import FALLS_BACK, Way, gradients, photos, small_basic, small_bottleneck, state, tv
+from ways import EXCEPT, Way, gradients, photos, small_basic, small_bottleneck, state, tv
 
 import resnet_fast as rf
 
 WAY = Way(
     "U09",
     "feature maps",
-    FALLS_BACK,
-    "fast, but for create_feature_extractor: its graph holds standard operators",
+    EXCEPT,
+    "create_feature_extractor: its graph holds standard operators",
 )
 LAYERS = {"layer1": "a", "layer2": "b", "layer3": "c", "layer4": "d"}
 

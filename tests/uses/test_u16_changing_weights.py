@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from twins import Results
-from ways import FALLS_BACK, Way, batches, photos, small_basic, small_bottleneck, state, train
+from ways import EXCEPT, Way, batches, photos, small_basic, small_bottleneck, state, train
 
 WAY = Way(
     "U16",
     "weights that change",
-    FALLS_BACK,
-    "fast for every change of convolutions and values; a parametrized or pruned norm falls back "
-    "in its block",
+    EXCEPT,
+    "a block with a parametrized or pruned norm, that block alone",
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from twins import Results, assert_same, image, randomise
-from ways import FALLS_BACK, Way, assert_path, photos, small_basic, train, tv
+from ways import EXCEPT, Way, assert_path, photos, small_basic, train, tv
 
 import resnet_fast as rf
 from resnet_fast import dispatch
@@ -22,9 +22,8 @@ timm = shims.timm_or_skip()
 WAY = Way(
     "U19",
     "residual variants",
-    FALLS_BACK,
-    "timm's SE, ECA, drop path, blur pool and D shortcuts: fast (a gate is called between two "
-    "fused ops); a block with a forward of its own is listed until it has an adapter",
+    EXCEPT,
+    "a block with a forward of its own, until it has an adapter",
 )
 NAMES = {
     "seresnet18": {},

@@ -23,7 +23,7 @@ def autocast(dtype: torch.dtype, scaled: bool) -> Callable[[Any], Results]:
     """A float32 model under autocast; with a scaler as one trains in float16."""
 
     def use(model: Any) -> Results:
-        images, labels = digits()
+        images, labels = digits(8)
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scaled)
         with torch.autocast("cpu", dtype):
@@ -40,7 +40,7 @@ def cast(dtype: torch.dtype) -> Callable[[Any], Results]:
     """The whole model in one dtype."""
 
     def use(model: Any) -> Results:
-        images, labels = digits()
+        images, labels = digits(8)
         model.to(dtype)
         y = model(images.to(dtype))
         F.cross_entropy(y.float(), labels).backward()
@@ -95,6 +95,6 @@ def test_norms_kept_in_float32() -> None:
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.float()
-        return {"y": model.eval()(digits()[0].bfloat16()).detach()}
+        return {"y": model.eval()(digits(8)[0].bfloat16()).detach()}
 
     WAY.check(small_basic, use, rtol=0.05)

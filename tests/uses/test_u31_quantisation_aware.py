@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from twins import Results
-from ways import FALLS_BACK, Way, make, photos, small_basic, train, tv
+from ways import EXCEPT, Way, make, photos, small_basic, train, tv
 
 import resnet_fast as rf
 
 WAY = Way(
     "U31",
     "quantisation-aware",
-    FALLS_BACK,
-    "fake-quantised weights and activations: fast; the exported graph a quantiser works on holds "
-    "standard operators",
+    EXCEPT,
+    "the exported graph that a quantiser works on: it holds standard operators",
 )
 
 

@@ -6,8 +6,9 @@ model = rf.accelerate(torchvision.models.resnet50())  # same parameters, same nu
 print(rf.explain(model, images))  # which block runs what, and why
 """
 
-from resnet_fast import functional, models, nn
+from resnet_fast import blocks, functional, models, nn
 from resnet_fast._version import __version__
+from resnet_fast.adapters import register_adapter
 from resnet_fast.config import use_backend
 from resnet_fast.convert import accelerate, restore
 from resnet_fast.env import is_available, load_extension, tune_cpu_memory, why_unavailable
@@ -18,11 +19,13 @@ load_extension()
 __all__ = [
     "__version__",
     "accelerate",
+    "blocks",
     "explain",
     "functional",
     "is_available",
     "models",
     "nn",
+    "register_adapter",
     "restore",
     "tune_cpu_memory",
     "use_backend",

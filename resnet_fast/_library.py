@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast import _plain
+from resnet_fast import _phases, _plain
 from resnet_fast.layout import accumulate_dtype, is_channels_last, mask_bytes, to_layout
 
 library = torch.library.Library("resnet_fast", "DEF")
@@ -34,6 +34,7 @@ SCHEMAS = (
     "batch_norm_act_backward_(Tensor(a!) grad, Tensor x, Tensor mean, Tensor invstd,"
     " Tensor? weight, Tensor? bias, Tensor? mask, bool training, bool relu, bool[4] output_mask)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    *_phases.SCHEMAS,
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -107,15 +108,21 @@ def _fake_batch_norm_act_backward_(*args: Any) -> tuple[Tensor, Tensor, Tensor, 
 
 
 # ---- registration --------------------------------------------------------------------------------
-_FAKES: dict[str, Callable[..., Any]] = {
-    "add_relu_forward": _fake_add_relu_forward,
-    "add_relu_backward": _fake_add_relu_backward,
-    "batch_norm_act_forward": _fake_batch_norm_act_forward,
-    "batch_norm_act_backward": _fake_batch_norm_act_backward,
-    "batch_norm_act_backward_": _fake_batch_norm_act_backward_,
+_PLAIN_AND_FAKE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "add_relu_forward": (_plain.add_relu_forward, _fake_add_relu_forward),
+    "add_relu_backward": (_plain.add_relu_backward, _fake_add_relu_backward),
+    "batch_norm_act_forward": (_plain.batch_norm_act_forward, _fake_batch_norm_act_forward),
+    "batch_norm_act_backward": (_plain.batch_norm_act_backward, _fake_batch_norm_act_backward),
+    "batch_norm_statistics": (_phases.batch_norm_statistics, _phases.fake_statistics),
+    "batch_norm_act_backward_reduce": (
+        _phases.batch_norm_act_backward_reduce,
+        _phases.fake_reduce,
+    ),
+    "batch_norm_act_backward_apply": (_phases.batch_norm_act_backward_apply, _phases.fake_apply),
+    "batch_norm_act_backward_": (_plain.batch_norm_act_backward_, _fake_batch_norm_act_backward_),
 }
 
-for _name, _fake in _FAKES.items():
+for _name, (_plain_op, _fake) in _PLAIN_AND_FAKE.items():
     # The key of all devices: a device's own kernel, if the extension brings one, goes before it.
-    library.impl(_name, getattr(_plain, _name), "CompositeExplicitAutograd")
+    library.impl(_name, _plain_op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=library)

@@ -178,12 +178,12 @@ def batch_norm_act_forward(
     mask = pack_mask(y, channels_last) if save_mask else nothing(x, torch.uint8)
     if training and x.numel() > 0:
         count = x.numel() // x.size(1)
-        _update(running_mean, mean, momentum)
-        _update(running_var, var * (count / max(count - 1, 1)), momentum)
+        update_running(running_mean, mean, momentum)
+        update_running(running_var, var * (count / max(count - 1, 1)), momentum)
     return y, mean, invstd, mask
 
 
-def _update(running: Tensor | None, batch: Tensor, momentum: float) -> None:
+def update_running(running: Tensor | None, batch: Tensor, momentum: float) -> None:
     if running is not None:
         running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
 

@@ -9,6 +9,9 @@ call, in attribute reads alone; a sentence is only made when the answer is no.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -29,6 +32,12 @@ _F_MAX_POOL = F.max_pool2d
 _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = (Tensor, nn.Parameter, type(None))
 
+# Other norms than nn.BatchNorm2d that the fused op can stand for, and the forward of each.
+_OTHER_NORMS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.SyncBatchNorm: nn.SyncBatchNorm.forward
+}
+_FROZEN: set[type[nn.Module]] = set()
+
 State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -38,7 +47,7 @@ def plain_tensor(x: object) -> bool:
     return type(x) in _PLAIN
 
 
-def plain_state(bn: nn.BatchNorm2d) -> State | None:
+def plain_state(bn: nn.Module) -> State | None:
     """bn's weight, bias, running_mean and running_var; None if the fused op cannot take them."""
     weight, bias, mean, var = _state(bn)
     if (
@@ -52,7 +61,7 @@ def plain_state(bn: nn.BatchNorm2d) -> State | None:
     return None
 
 
-def _state(bn: nn.BatchNorm2d) -> State:
+def _state(bn: Any) -> State:
     """bn's four attributes, read past nn.Module.__getattr__ where that is the same and ten times
     as fast: unless one was set on the object, or taken out of the module's dictionaries."""
     own = bn.__dict__
@@ -81,6 +90,29 @@ def plain_module(m: object, kind: type[nn.Module]) -> bool:
         and "forward" not in m.__dict__
         and "_call_impl" not in m.__dict__
     )
+
+
+def plain_norm(m: object) -> bool:
+    """True if m is an nn.BatchNorm2d, or another norm made known here, and calling it is plain."""
+    if plain_module(m, nn.BatchNorm2d):
+        return True
+    kind = type(m)
+    return kind in _OTHER_NORMS and plain_module(m, kind) and kind.forward is _OTHER_NORMS[kind]
+
+
+def frozen_norm(m: object) -> bool:
+    """True for a norm made known by register_frozen_norm."""
+    return type(m) in _FROZEN
+
+
+def register_frozen_norm(kind: type[nn.Module]) -> None:
+    """Make a class known whose forward is x * scale + shift of its four buffers and eps.
+
+    The buffers are weight, bias, running_mean and running_var, never changed by a call.
+    """
+    if kind.forward.__module__ == kind.__module__:  # else somebody has put his own in its place
+        _OTHER_NORMS[kind] = kind.forward
+        _FROZEN.add(kind)
 
 
 def plain_context(x: object) -> bool:
@@ -137,9 +169,9 @@ def block_ready(owner: nn.Module, norms: tuple[str, ...], x: object) -> bool:
 
     If not, the reason is recorded under the class of owner.
     """
-    if plain_context(x) and not _legacy_hook(owner):
+    if plain_context(x) and not legacy_hook(owner):
         for name in norms:
-            if not plain_module(getattr(owner, name, None), nn.BatchNorm2d):
+            if not plain_norm(getattr(owner, name, None)):
                 break
         else:
             if plain_module(getattr(owner, "relu", None), nn.ReLU):
@@ -154,7 +186,7 @@ def fell_back(op: str, x: object, why: str) -> None:
         dispatch.note(op, "reference", why)
 
 
-def _legacy_hook(owner: nn.Module) -> bool:
+def legacy_hook(owner: nn.Module) -> bool:
     """True for a register_backward_hook hook, which is shown the block's last autograd node."""
     return bool(owner._backward_hooks) and owner._is_full_backward_hook is False
 
@@ -170,10 +202,24 @@ _HOOKS = (
 
 def why_not_block(owner: nn.Module, norms: tuple[str, ...]) -> str:
     """Why owner's batch norms, named `norms`, cannot be fused with owner.relu; "" if they can."""
-    kinds = [(name, nn.BatchNorm2d) for name in norms] + [("relu", nn.ReLU)]
-    reasons = (why_not_module(name, getattr(owner, name, None), kind) for name, kind in kinds)
-    legacy = "a register_backward_hook hook is on the block" if _legacy_hook(owner) else ""
-    return next((reason for reason in reasons if reason), legacy)
+    reasons = [why_not_norm(name, getattr(owner, name, None)) for name in norms]
+    reasons.append(why_not_module("relu", getattr(owner, "relu", None), nn.ReLU))
+    return next((reason for reason in reasons if reason), why_not_owner(owner))
+
+
+def why_not_owner(owner: nn.Module) -> str:
+    """Why nothing in a block may be fused, whatever it holds; "" if it may."""
+    return "a register_backward_hook hook is on the block" if legacy_hook(owner) else ""
+
+
+def why_not_norm(name: str, m: object) -> str:
+    """Why m, called `name`, cannot be fused as a batch norm; "" if it can."""
+    kind = type(m)
+    if kind not in _OTHER_NORMS:
+        return why_not_module(name, m, nn.BatchNorm2d)
+    if kind.forward is not _OTHER_NORMS[kind]:
+        return f"{kind.__name__}.forward was replaced"
+    return why_not_module(name, m, kind)
 
 
 def why_not_module(name: str, m: object, kind: type[nn.Module]) -> str:
@@ -190,7 +236,7 @@ def why_not_module(name: str, m: object, kind: type[nn.Module]) -> str:
     return "" if m._compiled_call_impl is None else f"{name} was compiled by itself"
 
 
-def why_not_state(name: str, bn: nn.BatchNorm2d) -> str:
+def why_not_state(name: str, bn: Any) -> str:
     """Why bn's tensors cannot go to the fused op; "" if they can."""
     for attribute in ("weight", "bias", "running_mean", "running_var"):
         t = getattr(bn, attribute)

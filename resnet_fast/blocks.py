@@ -10,7 +10,7 @@ the reason is recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -20,18 +20,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resnet_fast import functional
 from resnet_fast._max_pool import max_pool
 from resnet_fast._ready import (
-    State,
     block_ready,
     fell_back,
     plain_context,
     plain_max_pool,
     plain_module,
-    plain_state,
+    plain_norm,
     plain_tensor,
-    why_not_context,
     why_not_module,
-    why_not_state,
+    why_not_norm,
 )
+from resnet_fast.norms import fusable, fused, why_not_fused
 
 STEM = ("bn1",)
 BASIC = ("bn1", "bn2")
@@ -48,86 +47,68 @@ def bn_act(
 ) -> Tensor:
     """What ``bn(x)``, then ``+ residual``, then ReLU do, as one op where bn is plain.
 
-    bn: any module of one tensor. Exactly an nn.BatchNorm2d without hooks is fused, with the same
-    changes of running_mean, running_var and num_batches_tracked as calling it; anything else is
-    called, and the reason recorded. x: (N, C, H, W). residual: of x's shape, or broadcastable to
-    it, or None. activation: "relu" or None. Returns (N, C, H, W) in x's layout.
+    bn: any module of one tensor. Exactly an nn.BatchNorm2d (or another norm of norms.py) without
+    hooks is fused, with the same changes of running_mean, running_var and num_batches_tracked as
+    calling it; anything else is called, and the reason recorded. x: (N, C, H, W). residual: of x's
+    shape, or broadcastable to it, or None. activation: "relu" or None. Returns (N, C, H, W) in x's
+    layout.
 
     Raises ValueError for another activation, and whatever bn raises.
     """
     if activation not in ("relu", None):
         raise ValueError(f'activation must be "relu" or None; got {activation!r}')
-    state = _fusable(bn, x) if plain_context(x) else None
+    state = fusable(bn, x) if plain_context(x) else None
     if state is not None:
-        return _fused(cast(nn.BatchNorm2d, bn), state, x, residual, activation)
-    fell_back("batch_norm_act", x, _why_not(bn, x))
+        return fused(bn, state, x, residual, activation)
+    fell_back("batch_norm_act", x, why_not_fused(bn, x))
     y = cast(Tensor, bn(x))
     if residual is not None:
         y = y + residual
     return F.relu(y) if activation == "relu" else y
 
 
-def _fusable(bn: nn.Module, x: Tensor) -> State | None:
-    """bn's tensors if the fused op can stand for bn(x), or None."""
-    if plain_tensor(x) and plain_module(bn, nn.BatchNorm2d):
-        return plain_state(cast(nn.BatchNorm2d, bn))
-    return None
-
-
-def _fused(
-    bn: nn.BatchNorm2d, state: State, x: Tensor, residual: Tensor | None, activation: str | None
-) -> Tensor:
-    """nn.BatchNorm2d.forward, with a residual and an activation."""
-    bn._check_input_dim(x)
-    weight, bias, mean, var = state
-    from_batch = bn.training or mean is None
-    counter, momentum = None, bn.momentum
-    if bn.training:
-        if bn.track_running_stats:
-            counter = bn.num_batches_tracked
-        else:
-            mean = var = None
-    # NOTE: counted before the op, as nn.BatchNorm2d does: checkpoint(use_reentrant=False) leaves
-    # the last op of a recomputation by an exception. A refused call takes the count back.
-    if counter is not None:
-        counter.add_(1)
-    if momentum is None:  # the cumulative average
-        momentum = 0.0 if counter is None else 1.0 / float(counter)
-    try:
-        return functional.batch_norm_act(
-            x,
-            weight,
-            bias,
-            mean,
-            var,
-            residual=residual,
-            training=from_batch,
-            momentum=momentum,
-            eps=bn.eps,
-            activation=activation,
-        )
-    except (ValueError, TypeError, RuntimeError):
-        if counter is not None:
-            counter.sub_(1)
-        raise
-
-
-def _why_not(bn: object, x: object, relu: object = None) -> str:
-    """Why bn(x), and relu if one is given, cannot be the fused op."""
-    why = why_not_context(x) or why_not_module("the norm", bn, nn.BatchNorm2d)
-    if not why and relu is not None:
-        why = why_not_module("relu", relu, nn.ReLU)
-    return why or why_not_state("the norm", cast(nn.BatchNorm2d, bn))
-
-
 # ---- steps of a block ----------------------------------------------------------------------------
-def _norm_relu(bn: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
+def norm_relu(bn: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
     """relu(bn(x)). Asked again here: a hook on the conv before may have changed bn or relu."""
-    state = _fusable(bn, x)
+    state = fusable(bn, x)
     if state is not None and plain_module(relu, nn.ReLU):
-        return _fused(cast(nn.BatchNorm2d, bn), state, x, None, "relu")
-    fell_back("batch_norm_act", x, _why_not(bn, x, relu))
+        return fused(bn, state, x, None, "relu")
+    fell_back("batch_norm_act", x, why_not_fused(bn, x, relu))
     return cast(Tensor, relu(bn(x)))
+
+
+def norm_act(bn: nn.Module, act: nn.Module, x: Tensor, between: nn.Module | None = None) -> Tensor:
+    """act(between(bn(x))) for any modules; between is passed by where it is a plain nn.Identity.
+
+    One op where act is a plain nn.ReLU; the norm alone is the fused op before anything else.
+    """
+    if between is not None and not plain_module(between, nn.Identity):
+        return cast(Tensor, act(between(bn_act(bn, x, activation=None))))
+    if plain_module(act, nn.ReLU):
+        return bn_act(bn, x)
+    return cast(Tensor, act(bn_act(bn, x, activation=None)))
+
+
+def gated_join(
+    block: Any, bn: nn.Module, act: nn.Module, out: Tensor, x: Tensor, gates: Sequence[nn.Module]
+) -> Tensor:
+    """act(gates(bn(out)) + shortcut of x); gates: attention, stochastic depth, run in order.
+
+    With a gate the norm is one op, and the sum with ReLU another.
+    """
+    relu = plain_module(act, nn.ReLU)
+    if not gates and relu:
+        return _join(block, bn, act, out, x)
+    out = bn_act(bn, out, activation=None)
+    for gate in gates:
+        out = gate(out)
+    identity = x if block.downsample is None else _shortcut(block.downsample, x)
+    # NOTE: a hook on the last gate may have kept its output, which the plain forward adds into.
+    hooked = any(gate._forward_hooks or gate._backward_hooks for gate in gates)
+    if relu and not hooked and not _why_not_add(out, identity):
+        return functional.add_relu(out, identity)
+    out += identity
+    return cast(Tensor, act(out))
 
 
 def _join(block: Any, bn: nn.Module, relu: nn.Module, out: Tensor, x: Tensor) -> Tensor:
@@ -140,10 +121,10 @@ def _join(block: Any, bn: nn.Module, relu: nn.Module, out: Tensor, x: Tensor) ->
         return cast(Tensor, relu(out))
     identity = x if downsample is None else _shortcut(downsample, x)
     why = _why_not_add(out, identity)
-    state = _fusable(bn, out) if not why and plain_module(relu, nn.ReLU) else None
+    state = fusable(bn, out) if not why and plain_module(relu, nn.ReLU) else None
     if state is not None:
-        return _fused(cast(nn.BatchNorm2d, bn), state, out, identity, "relu")
-    fell_back("batch_norm_act", out, why or _why_not(bn, out, relu))
+        return fused(bn, state, out, identity, "relu")
+    fell_back("batch_norm_act", out, why or why_not_fused(bn, out, relu))
     out = bn(out)
     out += identity  # in place, as the plain forward: it decides the dtype and what may broadcast
     return cast(Tensor, relu(out))
@@ -180,18 +161,18 @@ def _shortcut(downsample: nn.Module, x: Tensor) -> Tensor:
     if not downsample._modules:
         return cast(Tensor, downsample(x))
     *head, last = cast("list[nn.Module]", downsample._modules.values())
-    if not (plain_module(downsample, nn.Sequential) and plain_module(last, nn.BatchNorm2d)):
+    if not (plain_module(downsample, nn.Sequential) and plain_norm(last)):
         if isinstance(downsample, nn.Sequential) and isinstance(last, _BatchNorm):
             why = why_not_module("downsample", downsample, nn.Sequential)
-            why = why or why_not_module("the end of downsample", last, nn.BatchNorm2d)
+            why = why or why_not_norm("the end of downsample", last)
             fell_back("batch_norm_act", x, why)
         return cast(Tensor, downsample(x))
     for module in head:
         x = module(x)
-    state = _fusable(last, x)
+    state = fusable(last, x)
     if state is not None:
-        return _fused(cast(nn.BatchNorm2d, last), state, x, None, None)
-    fell_back("batch_norm_act", x, _why_not(last, x))
+        return fused(last, state, x, None, None)
+    fell_back("batch_norm_act", x, why_not_fused(last, x))
     return cast(Tensor, last(x))
 
 
@@ -205,7 +186,7 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
     if not block_ready(block, BASIC, x):
         return original(x)
     bn1, bn2, relu = block.bn1, block.bn2, block.relu
-    out = _norm_relu(bn1, relu, block.conv1(x))
+    out = norm_relu(bn1, relu, block.conv1(x))
     out = block.conv2(out)  # by this name, so that the activation before can be freed
     return _join(block, bn2, relu, out, x)
 
@@ -215,8 +196,8 @@ def bottleneck(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> T
     if not block_ready(block, BOTTLENECK, x):
         return original(x)
     bn1, bn2, bn3, relu = block.bn1, block.bn2, block.bn3, block.relu
-    out = _norm_relu(bn1, relu, block.conv1(x))
-    out = _norm_relu(bn2, relu, block.conv2(out))
+    out = norm_relu(bn1, relu, block.conv1(x))
+    out = norm_relu(bn2, relu, block.conv2(out))
     out = block.conv3(out)
     return _join(block, bn3, relu, out, x)
 
@@ -234,11 +215,11 @@ def preact_block(
         return original(x)
     relu, downsample = block.relu, block.downsample
     bns = [getattr(block, name) for name in norms]
-    out = _norm_relu(bns[0], relu, x)
+    out = norm_relu(bns[0], relu, x)
     identity = x if downsample is None else downsample(out)
     out = block.conv1(out)
     for i, bn in enumerate(bns[1:], 2):
-        out = getattr(block, f"conv{i}")(_norm_relu(bn, relu, out))
+        out = getattr(block, f"conv{i}")(norm_relu(bn, relu, out))
     out += identity
     return cast(Tensor, out)
 
@@ -252,7 +233,7 @@ def stem(model: Any, x: Tensor, norms: tuple[str, ...] = STEM) -> Tensor:
     bn, relu = getattr(model, norms[0]), model.relu
     if not block_ready(model, norms, x):
         return cast(Tensor, relu(bn(x)))
-    return _norm_relu(bn, relu, x)
+    return norm_relu(bn, relu, x)
 
 
 def stem_pool(pool: nn.Module, x: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model) -> Model:
     """Make every known residual block in a model run fused; returns the same model.
 
-    Known are torchvision's BasicBlock, Bottleneck and ResNet, and subclasses that leave their
-    forward alone, anywhere in the tree of modules. Only the class of each changes, to a subclass of
-    the one it had: modules, parameters, buffers, hooks and state_dict stay the very same objects.
-    What is not known stays as it is, and explain() says why; our own models need nothing. A second
-    call changes nothing more. restore() undoes it.
+    Known are BasicBlock, Bottleneck and ResNet of torchvision and timm, timm's BatchNormAct2d,
+    every nn.Sequential in which a ReLU follows a batch norm, subclasses of all these that leave the
+    forward alone, and what register_adapter() made known, anywhere in the tree of modules. Only the
+    class of each changes, to a subclass of the one it had: modules, parameters, buffers, hooks and
+    state_dict stay the very same objects. What is not known stays as it is, and explain() says why;
+    our own models need nothing. A second call changes nothing more. restore() undoes it.
 
     Raises TypeError if model is not an nn.Module.
     """

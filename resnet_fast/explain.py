@@ -98,7 +98,7 @@ def _units(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if _norms(type(module)) or isinstance(module, AddReLU | ConvBNAct2d)
+        if hasattr(type(module), "_resnet_fast_norms") or isinstance(module, AddReLU | ConvBNAct2d)
     }
 
 
@@ -111,8 +111,10 @@ def _static_row(name: str, module: nn.Module) -> Row:
     why = ""
     if isinstance(module, ConvBNAct2d):
         why = why_not_module("bn", module.bn, nn.BatchNorm2d)
-    elif not isinstance(module, AddReLU):
-        why = why_not_block(module, _norms(type(module)))
+    elif own := getattr(type(module), "_resnet_fast_why_not", None):
+        why = own(module)
+    elif norms := _norms(type(module)):
+        why = why_not_block(module, norms)
     return Row(name, type(module).__name__, "block", "reference" if why else BY_INPUT, why, 1)
 
 
@@ -127,17 +129,26 @@ def _left_out(model: nn.Module, units: dict[str, nn.Module]) -> list[Row]:
         if name.startswith(inside):
             continue
         known = adapters.adapter_of(type(module))
-        if known is None and not any(isinstance(m, _BatchNorm) for m in module.children()):
+        why = adapters.why_not(module)
+        if (known is None or (known.idle is not None and why)) and not _has_bare_norm(module):
             continue
-        why = adapters.why_not(module) or _HINT
+        why = why or _HINT
         rows.append(Row(name, type(module).__name__, "block", "reference", why, 1))
         inside += () if known is None else _within(name, known.accelerated)
     return rows
 
 
+def _has_bare_norm(module: nn.Module) -> bool:
+    """True if a child is a batch norm that nothing of ours looks after."""
+    return any(
+        isinstance(m, _BatchNorm) and not adapters.is_accelerated(m) for m in module.children()
+    )
+
+
 def _within(name: str, cls: type[nn.Module]) -> tuple[str, ...]:
-    """The prefix of what lies in a block; () for a whole model, which fuses one norm itself."""
-    return () if len(_norms(cls)) == 1 else (f"{name}." if name else "",)
+    """The prefix of what lies in a block; () for a whole model or a sequence of any modules."""
+    block = len(_norms(cls)) > 1 or hasattr(cls, "_resnet_fast_block")
+    return () if not block else (f"{name}." if name else "",)
 
 
 # ---- the run -------------------------------------------------------------------------------------

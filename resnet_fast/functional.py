@@ -105,6 +105,8 @@ def batch_norm_act(
     _check_batch_norm_act(
         x, weight, bias, running_mean, running_var, residual, training, activation
     )
+    if training:
+        _check_more_than_one_value(x.shape)
     _check_numbers(training, momentum, eps)
     impl = dispatch.choose("batch_norm_act", x, residual, weight, bias, running_mean, running_var)
     if impl == "reference":
@@ -317,7 +319,6 @@ def _check_batch_norm_act(
             raise ValueError(
                 f"running_mean and running_var must both be tensors or both None; {missing} is None"
             )
-        _check_more_than_one_value(shape)
     elif running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing} must be a tensor when training is False; got None")

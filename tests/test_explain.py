@@ -108,14 +108,14 @@ def test_modules_with_a_reason_of_their_own() -> None:
         nn.Conv2d(3, 64, 3),
         AttentionBlock(64, 64),
         tv.BasicBlock(64, 64),
-        nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()),
+        nn.Sequential(nn.BatchNorm2d(64), nn.SiLU()),
     )
     model[2].forward = model[2].forward
     explanation = explain(model, X.float())
     assert [(r.module, r.block, r.reason) for r in explanation.rows] == [
         ("1", "AttentionBlock", "AttentionBlock overrides forward"),
         ("2", "BasicBlock", "its forward was replaced on the object"),
-        ("3", "Sequential", "no adapter for torch.nn.modules.container.Sequential"),
+        ("3", "Sequential", "no batch norm in it comes directly before a ReLU"),
     ]
 
 

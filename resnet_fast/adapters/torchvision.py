@@ -7,28 +7,18 @@ as they were. Each checks at the call that the method it stands for is still tor
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torchvision.models import resnet as tv
 
 from resnet_fast import blocks
-from resnet_fast._ready import fell_back
-from resnet_fast.adapters import register_adapter
+from resnet_fast.adapters import register_adapter, replaced
 
 _BASIC_FORWARD = tv.BasicBlock.forward
 _BOTTLENECK_FORWARD = tv.Bottleneck.forward
 _FORWARD_IMPL = tv.ResNet._forward_impl
-
-
-def _replaced(module: Any, x: object, method: str, known: object) -> bool:
-    """True, and recorded, if somebody has put another method in the place of torchvision's."""
-    if getattr(module._resnet_fast_original, method) is known:
-        return False
-    name = type(module).__name__
-    fell_back(name, x, f"{name}.{method} was replaced")
-    return True
 
 
 class BasicBlock(tv.BasicBlock):  # type: ignore[misc]
@@ -37,7 +27,7 @@ class BasicBlock(tv.BasicBlock):  # type: ignore[misc]
     _resnet_fast_norms = blocks.BASIC
 
     def forward(self, x: Tensor) -> Tensor:
-        if _replaced(self, x, "forward", _BASIC_FORWARD):
+        if replaced(self, x, "forward", _BASIC_FORWARD):
             return self._resnet_fast_plain(x)
         return blocks.basic_block(self, x, self._resnet_fast_plain)
 
@@ -51,7 +41,7 @@ class Bottleneck(tv.Bottleneck):  # type: ignore[misc]
     _resnet_fast_norms = blocks.BOTTLENECK
 
     def forward(self, x: Tensor) -> Tensor:
-        if _replaced(self, x, "forward", _BOTTLENECK_FORWARD):
+        if replaced(self, x, "forward", _BOTTLENECK_FORWARD):
             return self._resnet_fast_plain(x)
         return blocks.bottleneck(self, x, self._resnet_fast_plain)
 
@@ -65,7 +55,7 @@ class ResNet(tv.ResNet):  # type: ignore[misc]
     _resnet_fast_norms = blocks.STEM
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        if _replaced(self, x, "_forward_impl", _FORWARD_IMPL):
+        if replaced(self, x, "_forward_impl", _FORWARD_IMPL):
             return cast(Tensor, super()._forward_impl(x))
         x = blocks.stem(self, self.conv1(x))
         x = blocks.stem_pool(self.maxpool, x)

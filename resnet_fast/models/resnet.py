@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from resnet_fast import adapters
 from resnet_fast.blocks import BASIC, BOTTLENECK, STEM, basic_block, bottleneck, stem, stem_pool
 from resnet_fast.models._layers import NormLayer, conv1x1, conv3x3, init_conv_net
 from resnet_fast.models._registry import register_model
@@ -137,6 +138,8 @@ class ResNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        if norm_layer is not None:
+            adapters.load()  # it may be another library's, such as a frozen norm
         self._norm_layer: NormLayer = nn.BatchNorm2d if norm_layer is None else norm_layer
         self.inplanes = 64
         self.dilation = 1

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""U19: what comes before the sum or in its place: attention, drop path, D shortcut."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import shims
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+from twins import Results, assert_same, image, randomise
+from ways import EXCEPT, Way, assert_path, photos, small_basic, train, tv
+
+import resnet_fast as rf
+from resnet_fast import dispatch
+
+timm = shims.timm_or_skip()
+
+WAY = Way(
+    "U19",
+    "residual variants",
+    EXCEPT,
+    "a block with a forward of its own, until it has an adapter",
+)
+NAMES = {
+    "seresnet18": {},
+    "ecaresnet26t": {},
+    "resnetblur18": {},
+    "resnet18d": {},
+    "resnet18": {"drop_path_rate": 0.4},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_timm_variants(name: str) -> None:
+    torch.manual_seed(0)
+    theirs = randomise(timm.create_model(name, num_classes=10, **NAMES[name]))
+    ours = rf.accelerate(copy.deepcopy(theirs))
+    torch.manual_seed(1)
+    with dispatch.recording() as events:
+        got = train(ours, steps=1)
+    torch.manual_seed(1)
+    assert_same(got, train(theirs, steps=1), rtol=1e-6)
+    assert_path(events)
+
+
+class Scaled(BasicBlock):
+    """Inception-ResNet: the branch times 0.17 before the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.relu(identity + 0.17 * out)
+
+
+class ActBeforeAdd(BasicBlock):
+    """The activation on the branch, none behind the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+class NoAdd(BasicBlock):
+    """Guidance and ablation networks: no shortcut at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)))
+
+
+def fast_scaled(block: Any, x: Tensor, plain: Any) -> Tensor:
+    out = rf.blocks.bn_act(block.bn1, block.conv1(x))
+    out = 0.17 * rf.blocks.bn_act(block.bn2, block.conv2(out), activation=None)
+    identity = x if block.downsample is None else block.downsample(x)
+    return rf.functional.add_relu(identity, out)
+
+
+def fast_act_before_add(block: Any, x: Tensor, plain: Any) -> Tensor:
+    out = rf.blocks.bn_act(block.bn1, block.conv1(x))
+    out = rf.blocks.bn_act(block.bn2, block.conv2(out))
+    return out + (x if block.downsample is None else block.downsample(x))
+
+
+def fast_no_add(block: Any, x: Tensor, plain: Any) -> Tensor:
+    out = rf.blocks.bn_act(block.bn1, block.conv1(x))
+    return rf.blocks.bn_act(block.bn2, block.conv2(out))
+
+
+ADAPTERS = {Scaled: fast_scaled, ActBeforeAdd: fast_act_before_add, NoAdd: fast_no_add}
+
+
+def own(block: type) -> Any:
+    """A torchvision ResNet whose layer1 and layer2 hold blocks of another class."""
+
+    def build(lib: Any) -> nn.Module:
+        model = small_basic(lib)
+        for layer in (model.layer1, model.layer2):  # type: ignore[union-attr]
+            layer[0].__class__ = block
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("block", ADAPTERS)
+def test_own_blocks_are_left_alone_until_they_have_an_adapter(
+    block: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = own(block)
+
+    def use(model: Any) -> Results:
+        return train(model, steps=1)
+
+    WAY.check(build, use, libraries=("torchvision",))  # the others are fast; these are not asked
+    rows = rf.explain(rf.accelerate(build(tv))).rows
+    left = [row for row in rows if row.reason]
+    assert [row.reason for row in left] == [f"{block.__name__} overrides forward"] * 2
+
+    monkeypatch.setattr(rf.adapters, "_ADAPTERS", dict(rf.adapters._ADAPTERS))
+    rf.register_adapter(block, ADAPTERS[block])
+    WAY.check(build, use, libraries=("torchvision",))
+    model = rf.accelerate(build(tv))
+    assert not [row for row in rf.explain(model).rows if row.reason]
+    with dispatch.recording() as events:
+        model.layer2[0](image(2, 64, 8, 8).float())
+    assert_path(events)
+    assert type(rf.restore(model).layer2[0]) is block
+
+
+def test_guidance_removes_the_sum_of_one_block_only() -> None:
+    """A downsample that gives zeros, as ablations of shortcuts have it."""
+
+    class Zero(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 0
+
+    def use(model: Any) -> Results:
+        model.layer1[0].downsample = Zero()
+        return train(model, 1) | {"y": model(photos()).detach()}
+
+    WAY.check(small_basic, use)

@@ -103,6 +103,8 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     what.add_argument("--models", action="store_true", help="ResNet-50 training steps")
     what.add_argument("--memory", action="store_true", help="activation memory of a training step")
     what.add_argument("--all", action="store_true", help="the three above")
+    latency = "latency of ResNet-18, 50 and 101 against every inference rival installed"
+    what.add_argument("--inference", action="store_true", help=latency)
     how = bench.add_argument_group("how")
     quick = "tiny shapes, two rounds: only to see that it runs"
     how.add_argument("--quick", action="store_true", help=quick)

@@ -29,8 +29,9 @@ _SAMPLEWISE = {
     aten.adaptive_avg_pool2d.default,
     aten.linear.default,
 }
-# Values of more bytes than this, for one sample, are few; pieces are made so that none is larger.
-PIECE_BYTES = 8 << 20
+# No value of a piece is larger, if one sample's is not. glibc keeps freed blocks below 32 MiB for
+# the next call, and gives larger ones back to the system: each use then costs its page faults.
+PIECE_BYTES = 24 << 20
 
 
 def samplewise(trace: Trace) -> bool:
@@ -44,53 +45,52 @@ def samplewise(trace: Trace) -> bool:
         if node.op == "placeholder":
             if node.name in trace.inputs and not _leads(node, batch):
                 return False
-        elif not _depends(node, trace):
-            continue
-        elif not _leads(node, batch) or not _keeps_samples(node):
+        elif node not in trace.known and not (_leads(node, batch) and _keeps_samples(node)):
             return False
     return False
-
-
-def _depends(node: fx.Node, trace: Trace) -> bool:
-    """Whether a call has a part in the value (conservatively: sizes count)."""
-    return any(
-        n.name in trace.inputs if n.op == "placeholder" else _depends(n, trace)
-        for n in node.all_input_nodes
-    )
 
 
 def _keeps_samples(node: fx.Node) -> bool:
     if node.target in _SAMPLEWISE:
         return True
     if node.target is aten.flatten.using_ints:
-        return len(node.args) > 1 and node.args[1] == 1
+        return len(node.args) > 1 and bool(node.args[1] == 1)
     if node.target is aten.batch_norm.default:
         return node.args[5] is False
-    return node.target is aten.cat.default and len(node.args) > 1 and node.args[1] == 1
+    return node.target is aten.cat.default and len(node.args) > 1 and bool(node.args[1] == 1)
 
 
 def _leads(node: fx.Node, batch: Any) -> bool:
     shape = symbolic_shape(node)
-    return shape is not None and len(shape) > 0 and shape[0] == batch
+    return shape is not None and len(shape) > 0 and bool(shape[0] == batch)
 
 
-def piece_size(trace: Trace, shape: Sequence[int]) -> int:
-    """Samples in a piece for inputs of this shape; 0 for all at once."""
-    batch = shape[0]
-    largest = largest_value(trace, shape)
-    if batch < 2 or largest == 0:
-        return 0
-    fitting = max(1, int(PIECE_BYTES // largest))
-    pieces = math.ceil(batch / fitting)
-    return math.ceil(batch / pieces)
+def pieces(trace: Trace, shape: Sequence[int]) -> list[int]:
+    """Sizes of the pieces of a batch of inputs of this shape; [] for all at once.
+
+    All are powers of two, so that few sizes occur: each new one costs a packing of the weights.
+    """
+    left, largest = shape[0], largest_value(trace, shape)
+    if left < 2 or largest * left <= PIECE_BYTES:
+        return []
+    piece = 1 << max(0, int(math.log2(max(PIECE_BYTES / largest, 1))))
+    sizes = []
+    while left:
+        while piece > left:
+            piece //= 2
+        sizes.append(piece)
+        left -= piece
+    return sizes if len(sizes) > 1 else []
 
 
-def largest_value(trace: Trace, shape: Sequence[int]) -> float:
+def largest_value(trace: Trace, shape: Sequence[int]) -> int:
     """Bytes of the largest value in the graph, for one sample."""
     known = trace.shapes[0]
     assert known is not None
     sizes = {
-        symbol: size for symbol, size in zip(known, shape, strict=True) if not isinstance(symbol, int)
+        symbol: size
+        for symbol, size in zip(known, shape, strict=True)
+        if not isinstance(symbol, int)
     }
     sizes[known[0]] = 1
     largest = 0

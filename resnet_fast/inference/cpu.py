@@ -7,6 +7,7 @@ or refuses the weights, F.conv2d runs, followed by the sum and the ReLU in place
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, fx
 from resnet_fast.inference.fold import ConvSpec, folded
 
 PACKED, PLAIN = "oneDNN, packed", "F.conv2d"
+# Input sizes to remember for one conv; the copies are as many as there are layouts, two or three.
+MAX_SIZES = 256
 
 
 def compute_dtype(dtype: torch.dtype) -> tuple[torch.dtype, str]:
@@ -42,7 +45,11 @@ def why_not_packed(dtype: torch.dtype) -> str:
         return "this PyTorch has no oneDNN, or it is switched off"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"oneDNN has no {dtype} convs"
-    for name in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight"):
+    for name in (
+        "_convolution_pointwise",
+        "_convolution_pointwise_",
+        "_reorder_convolution_weight",
+    ):
         if not hasattr(torch.ops.mkldnn, name):
             return f"this PyTorch has no mkldnn::{name}"
     return ""
@@ -68,21 +75,71 @@ def make_conv(
 
 
 def _packed(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    ops = torch.ops.mkldnn
-    stride, padding, dilation, groups = spec.stride, spec.padding, spec.dilation, spec.groups
-    packed = ops._reorder_convolution_weight(weight, padding, stride, dilation, groups, None)
-    # None stays out of the private operators: without a bias they take other code paths.
-    rest = (packed, bias, padding, stride, dilation, groups)
+    ops: Any = torch.ops.mkldnn
+    weights = _Weights(weight, spec)
+    rest = (bias, spec.padding, spec.stride, spec.dilation, spec.groups)
+    known, pack = weights.known.get, weights.pack
     relu = "relu" if spec.relu else None
     if not spec.residual:
         forward = ops._convolution_pointwise.default
         attribute = relu or "none"
-        return lambda x: forward(x, *rest, attribute, [], "")
-    if spec.inplace:
-        onto = ops._convolution_pointwise_.binary
-        return lambda x, residual: onto(residual, x, *rest, "add", 1.0, relu, [], "")
-    binary = ops._convolution_pointwise.binary
-    return lambda x, residual: binary(x, residual, *rest, "add", 1.0, relu, [], "")
+
+        def conv(x: Tensor) -> Any:
+            size = x.shape
+            w = known(size)
+            return forward(x, pack(size) if w is None else w, *rest, attribute, [], "")
+
+        return conv
+    onto, binary = ops._convolution_pointwise_.binary, ops._convolution_pointwise.binary
+
+    def conv_onto(x: Tensor, residual: Tensor) -> Any:
+        size = x.shape
+        w = known(size)
+        w = pack(size) if w is None else w
+        return onto(residual, x, w, *rest, "add", 1.0, relu, [], "")
+
+    def conv_add(x: Tensor, residual: Tensor) -> Any:
+        size = x.shape
+        w = known(size)
+        w = pack(size) if w is None else w
+        return binary(x, residual, w, *rest, "add", 1.0, relu, [], "")
+
+    return conv_onto if spec.inplace else conv_add
+
+
+class _Weights:
+    """The weights of one conv, packed for every input size that came.
+
+    oneDNN chooses another layout for another batch or picture size, and weights in the wrong one
+    are reordered in each call, which can cost twenty times the conv. Sizes that want the same
+    layout share one copy.
+    """
+
+    def __init__(self, weight: Tensor, spec: ConvSpec) -> None:
+        self.known: dict[torch.Size, Tensor] = {}
+        self._layouts: dict[bytes, Tensor] = {}
+        self._settings = (spec.padding, spec.stride, spec.dilation, spec.groups)
+        self._lock = threading.Lock()
+        self._last = weight
+        self._add(weight, None)
+
+    def pack(self, size: torch.Size) -> Tensor:
+        """The weights for inputs of this size."""
+        with self._lock:
+            if len(self.known) >= MAX_SIZES:
+                self.known.clear()
+            if size not in self.known:
+                self.known[size] = self._add(self._last.to_dense(), list(size))
+            return self.known[size]
+
+    def _add(self, weight: Tensor, size: list[int] | None) -> Tensor:
+        ops = torch.ops.mkldnn
+        packed = ops._reorder_convolution_weight(weight, *self._settings, size)
+        layout = ops._get_mkldnn_serialized_md(packed).numpy().tobytes()
+        if not self.known:
+            self._layouts.clear()  # the first packing was made before any size was known
+        self._last = self._layouts.setdefault(layout, packed)
+        return self._last
 
 
 def _plain(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -14,8 +14,11 @@ from resnet_fast.inference.trace import Trace, fresh, symbolic_shape
 aten = torch.ops.aten
 
 
-def fused_conv(x: Tensor, residual: Tensor | None, spec: ConvSpec) -> Tensor:
-    """The graph's name for a conv with what is fused to it; a device's code takes its place."""
+def fused_conv(x: Tensor, residual: Tensor | None, spec: ConvSpec, parts: list[Tensor]) -> Tensor:
+    """The graph's name for a conv with what is fused to it; a device's code takes its place.
+
+    parts: the constants that the spec names, so that the graph knows of their use.
+    """
     raise NotImplementedError("fused_conv only stands in a graph")
 
 
@@ -55,6 +58,7 @@ def fuse(trace: Trace) -> None:
             _fuse_relu(node)
     trace.graph.eliminate_dead_code()
     _mark_inplace(trace.graph)
+    trace.known = constant_nodes(trace)
     trace.graph.lint()
 
 
@@ -93,7 +97,8 @@ def _pair(value: Any) -> list[int]:
 def _mark_conv(node: fx.Node, constants: set[fx.Node]) -> None:
     a = _arguments(node)
     weight, bias = a["weight"], a["bias"]
-    if weight not in constants or (bias is not None and bias not in constants):
+    parts = [weight] if bias is None else [weight, bias]
+    if any(part not in constants for part in parts) or a["input"] in constants:
         return
     dilation, padding = _pair(a["dilation"]), a["padding"]
     if isinstance(padding, str):
@@ -115,8 +120,8 @@ def _mark_conv(node: fx.Node, constants: set[fx.Node]) -> None:
     shape = symbolic_shape(node)
     if shape is None or len(shape) != 4:
         return
-    node.target = fused_conv
-    node.args, node.kwargs = (a["input"], None, spec), {}
+    node.target, node.kwargs = fused_conv, {}
+    node.args = (a["input"], None, cast(Any, spec), parts)
 
 
 def module_name(node: fx.Node) -> str:
@@ -143,26 +148,26 @@ def _fold_norm(node: fx.Node, constants: set[fx.Node]) -> None:
     affine = [a[name] for name in ("weight", "bias") if a[name] is not None]
     if any(n not in constants for n in [a["running_mean"], a["running_var"], *affine]):
         return
-    spec.norms.append(
-        Norm(a["weight"], a["bias"], a["running_mean"], a["running_var"], float(a["eps"]))
-    )
-    users = [node]
+    taken = node
     if node.target is _NO_TRAINING:  # (output, mean, rstd) in the decomposed graph
-        users = list(node.users)
-        if any(user.args[1] != 0 for user in users):
-            spec.norms.pop()
+        if len(node.users) != 1 or next(iter(node.users)).args[1] != 0:
             return
-    for user in users:
-        _become(user, a["input"])
+        taken = next(iter(node.users))
+    mean, var = a["running_mean"], a["running_var"]
+    spec.norms.append(Norm(a["weight"], a["bias"], mean, var, float(a["eps"])))
+    conv = a["input"]
+    _absorb(taken, conv, conv.args[1], [mean, var, *affine])
+    if taken is not node:
+        node.graph.erase_node(node)
+    node.graph.erase_node(conv)
 
 
-def _become(node: fx.Node, conv: fx.Node) -> None:
-    """The conv stands for this node from here on."""
-    meta = node.meta
-    node.replace_all_uses_with(conv)
-    if conv.meta.get("val") is None:
-        conv.meta["val"] = meta.get("val")
-    node.graph.erase_node(node)
+def _absorb(node: fx.Node, conv: fx.Node, residual: Any, parts: list[fx.Node]) -> None:
+    """The node becomes the conv, at its own place: what it reads may be computed after the conv."""
+    x, _, spec, before = conv.args
+    assert isinstance(before, list | tuple)
+    node.target, node.kwargs = fused_conv, {}
+    node.args = (x, residual, spec, [*before, *parts])
 
 
 def _fuse_add(node: fx.Node) -> None:
@@ -177,8 +182,7 @@ def _fuse_add(node: fx.Node) -> None:
         spec = open_conv(conv)
         if spec is not None and not spec.residual and len(dtypes) == 1:
             spec.residual = True
-            # Moved here: the residual may be computed after the conv was.
-            node.target, node.args, node.kwargs = fused_conv, (conv.args[0], residual, spec), {}
+            _absorb(node, conv, residual, [])
             conv.graph.erase_node(conv)
             return
 
@@ -189,7 +193,8 @@ def _fuse_relu(node: fx.Node) -> None:
     if spec is not None:
         assert isinstance(conv, fx.Node)
         spec.relu = True
-        _become(node, conv)
+        _absorb(node, conv, conv.args[1], [])
+        node.graph.erase_node(conv)
 
 
 def _mark_inplace(graph: fx.Graph) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from resnet_fast.dispatch import logger
 from resnet_fast.inference import cpu
-from resnet_fast.inference.batches import piece_size, samplewise
-from resnet_fast.inference.fuse import constant_nodes, fuse, fused_conv, module_name
+from resnet_fast.inference.batches import pieces, samplewise
+from resnet_fast.inference.fuse import fuse, fused_conv, module_name
 from resnet_fast.inference.program import compile_graph, evaluate_constants
 from resnet_fast.inference.table import Row, Table
 from resnet_fast.inference.trace import NotTraceable, Trace, capture, check_shape, hooked
@@ -29,14 +29,18 @@ class OptimizedModule(nn.Module):
     ValueError for inputs that the trace does not hold for.
     """
 
+    _run: Callable[..., Any]
+    _watch: Watch
+    _rows: list[Row]
+
     def __init__(self, model: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.training = False
         self.dtype = dtype
         self.compute, self.why_compute = cpu.compute_dtype(dtype)
         self._example = torch.empty(example.shape, dtype=example.dtype, device="meta")
-        self._trace: Trace | None = None
-        self._constants: set[fx.Node] = set()
+        self.trace: Trace | None = None
+        self._signature: list[Any] = []
         self._build(model)
 
     def refresh(self, model: nn.Module) -> None:
@@ -68,7 +72,7 @@ class OptimizedModule(nn.Module):
         """Everything is made before anything is replaced."""
         watch = Watch(model)
         signature = _signature(model)
-        if self._trace is not None and signature != self._signature:
+        if self.trace is not None and signature != self._signature:
             raise ValueError(
                 "model is not the one that was optimized: its modules or the shapes of its "
                 "parameters differ; call optimize_for_inference again"
@@ -79,12 +83,12 @@ class OptimizedModule(nn.Module):
             trace = None
         else:
             try:
-                trace = self._trace or self._traced(model)
+                trace = self.trace or self.traced(model)
                 run, rows = self._compile(trace, model)
             except NotTraceable as error:
                 run, rows = self._as_module(model, str(error))
                 trace = None
-        self._trace, self._signature, self._rows = trace, signature, rows
+        self.trace, self._signature, self._rows = trace, signature, rows
         self._watch, self._run = watch, run
 
     def _traced(self, model: nn.Module) -> Trace:
@@ -94,16 +98,13 @@ class OptimizedModule(nn.Module):
             twin = copy_of(model).to(self.compute)
             trace = capture(twin, self._example_as(self.compute))
         fuse(trace)
-        self._constants = constant_nodes(trace)
         return trace
 
     def _example_as(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self._example.shape, dtype=dtype, device="cpu")
 
     def _compile(self, trace: Trace, model: nn.Module) -> tuple[Callable[..., Any], list[Row]]:
-        given = {name: _tensor(model, key) for name, key in trace.state.items()}
-        given |= trace.constants
-        values = evaluate_constants(trace.graph, self._constants, given)
+        values = evaluate_constants(trace.graph, trace.known, state_of(trace, model))
         rows: list[Row] = []
 
         def make_conv(spec: Any, constants: Any) -> Callable[..., Tensor]:
@@ -122,14 +123,19 @@ class OptimizedModule(nn.Module):
         rows += [
             Row(module_name(n), str(n.target), "PyTorch", "")
             for n in trace.graph.nodes
-            if n.op == "call_function" and n.target is not fused_conv and n not in self._constants
+            if n.op == "call_function" and n.target is not fused_conv and n not in trace.known
         ]
         return _Call(run, trace, self.dtype, self.compute), rows
 
     def _as_module(self, model: nn.Module, why: str) -> tuple[Callable[..., Any], list[Row]]:
         logger.warning("optimize_for_inference: the model runs as it is: %s", why)
         twin = copy_of(model).to(self.dtype)
-        return twin, [Row("(model)", type(model).__name__, "module", why)]
+
+        def run(*inputs: Any) -> Any:
+            dtype = self.dtype
+            return twin(*(x.to(dtype) if isinstance(x, Tensor) else x for x in inputs))
+
+        return run, [Row("(model)", type(model).__name__, "module", why)]
 
     # ---- what a folded module is not -------------------------------------------------------------
     def train(self, mode: bool = True) -> OptimizedModule:
@@ -163,24 +169,30 @@ class _Call:
     ) -> None:
         self._function, self._trace = run, trace
         self._dtype, self._compute = dtype, compute
-        self._seen: dict[Any, int] = {}
+        self._seen: dict[Any, list[int]] = {}
         self._out_spec = trace.out_spec
         self._single = trace.out_spec.is_leaf()
         self._samplewise = samplewise(trace)
 
     def __call__(self, *inputs: Any) -> Any:
         leaves = pytree.tree_leaves(inputs) if len(inputs) != 1 else list(inputs)
-        key = tuple(x.shape for x in leaves) if all(map(_is_tensor, leaves)) else None
-        piece = self._seen.get(key)
-        if piece is None:
-            piece = self._admit(leaves)
-            self._seen[key] = piece
-        ready = [self._ready(x) for x in leaves]
-        if 0 < piece < ready[0].shape[0]:
-            parts = [self._function(*part) for part in zip(*(x.split(piece) for x in ready))]  # noqa: B905
+        key = (
+            tuple((x.shape, x.dtype, x.device) for x in leaves)
+            if all(map(_is_tensor, leaves))
+            else None
+        )
+        sizes = self._seen.get(key)
+        if sizes is None:
+            sizes = self._admit(leaves)
+            if len(self._seen) >= cpu.MAX_SIZES:
+                self._seen.clear()
+            self._seen[key] = sizes
+        if sizes:
+            split = zip(*(x.split(sizes) for x in leaves))  # noqa: B905
+            parts = [self._function(*map(self._ready, piece)) for piece in split]
             outputs = [torch.cat(group) for group in zip(*parts)]  # noqa: B905
         else:
-            outputs = self._function(*ready)
+            outputs = self._function(*map(self._ready, leaves))
         if self._dtype is not self._compute:
             outputs = [
                 y.to(self._dtype) if isinstance(y, Tensor) and y.dtype is self._compute else y
@@ -188,20 +200,24 @@ class _Call:
             ]
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
 
-    def _admit(self, leaves: list[Any]) -> int:
+    def _admit(self, leaves: list[Any]) -> list[int]:
+        """Check inputs of shapes not seen before; returns the sizes of the batch's pieces."""
         if len(leaves) != len(self._trace.shapes):
             raise TypeError(f"expected {len(self._trace.shapes)} inputs; got {len(leaves)}")
         for x in leaves:
             if not isinstance(x, Tensor):
                 raise TypeError(f"inputs must be tensors; got {type(x).__name__}")
+            self._check(x)
         check_shape(self._trace, leaves)
-        return piece_size(self._trace, leaves[0].shape) if self._samplewise else 0
+        return pieces(self._trace, leaves[0].shape) if self._samplewise else []
 
-    def _ready(self, x: Tensor) -> Tensor:
+    def _check(self, x: Tensor) -> None:
         if x.device.type != "cpu":
             raise ValueError(f"input is on {x.device}; the optimized module is on cpu")
         if not x.is_floating_point():
             raise TypeError(f"input must be floating point; got {x.dtype}")
+
+    def _ready(self, x: Tensor) -> Tensor:
         if x.dim() == 4:
             return x.to(self._compute, memory_format=torch.channels_last)
         return x.to(self._compute)
@@ -209,6 +225,11 @@ class _Call:
 
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
+
+
+def state_of(trace: Trace, model: nn.Module) -> dict[str, Tensor]:
+    """Placeholder -> tensor, of the model as it is now, for all that is no input."""
+    return trace.constants | {name: _tensor(model, key) for name, key in trace.state.items()}
 
 
 def _tensor(model: nn.Module, key: str) -> Tensor:

@@ -66,7 +66,7 @@ def compile_graph(
             writer.lines.append(f"return {_outputs(writer, node)}")
         elif node.op == "call_function" and node not in constants:
             if node.target is fused_conv:
-                x, residual, spec = node.args
+                x, residual, spec = node.args[:3]
                 args = [x] if residual is None else [x, residual]
                 writer.call(node, make_conv(spec, constants), args, {})
             else:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -35,13 +36,21 @@ class Trace:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     ranges: dict[Any, Any]
+    known: set[fx.Node] = field(default_factory=set)  # nodes that depend on no input; by fuse()
     shapes: list[tuple[Any, ...] | None] = field(default_factory=list)
 
 
 def private_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode that shares no tensor with the model; hooks are the same objects."""
+    # Tensors that were calculated (a pruned weight, say) are no leaves, which deepcopy refuses.
+    made = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(model, made)
     except Exception as error:
         raise TypeError(f"model must be copyable (copy.deepcopy): {error}") from error
     for module, original in zip(twin.modules(), model.modules(), strict=True):
@@ -171,8 +180,6 @@ def fresh(node: fx.Node) -> bool:
 
 def check_shape(trace: Trace, inputs: Sequence[Any]) -> None:
     """ValueError unless the trace holds for inputs of these shapes."""
-    import sympy
-
     bound: dict[Any, int] = {}
     for number, (value, shape) in enumerate(zip(inputs, trace.shapes, strict=True)):
         if shape is None:
@@ -198,7 +205,7 @@ def check_shape(trace: Trace, inputs: Sequence[Any]) -> None:
     for symbol, size in bound.items():
         allowed = trace.ranges.get(symbol)
         # torch.export leaves 0 and 1 out of every range; the operators themselves take 1.
-        if allowed is not None and not (size == 1 and allowed.lower <= 2 or size in allowed):
+        if allowed is not None and not ((size == 1 and allowed.lower <= 2) or size in allowed):
             raise ValueError(
                 f"a size of {size} is outside what the model's graph holds for, "
                 f"{allowed.lower} to {allowed.upper}: give an example_input of that size"

@@ -16,7 +16,11 @@ def _version(tensor: Tensor) -> int:
 
 
 class Watch:
-    """Identity, version and address of every parameter and buffer, and the tree of modules."""
+    """Identity, version and address of every parameter and buffer, and the tree of modules.
+
+    Batch norm in training writes its running statistics without counting their version up; what
+    shows it is num_batches_tracked, which it also counts.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
@@ -29,7 +33,7 @@ class Watch:
                 [
                     (key, weakref.ref(t), _version(t), t.data_ptr())
                     for key, t in kind.items()
-                    if t is not None and key != "num_batches_tracked"
+                    if t is not None
                 ]
                 for kind in kinds
             )

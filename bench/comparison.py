@@ -149,9 +149,8 @@ def inference_tables(rows: list[Row]) -> list[Table]:
     """Latency of every rival, one table per model, batch and dtype."""
     tables = []
     for key, group in _grouped(rows, "name", "shape", "dtype").items():
-        table = _table(
-            "Inference of " + ", ".join(key), "rival", "p50", "p95", "images/s", "MiB", texts=1
-        )
+        columns = ("rival", "p50", "p95", "images/s", "MiB")
+        table = _table("Inference of " + ", ".join(key), *columns, texts=1)
         for row in group:
             memory = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:.0f}"
             name = f"{row['provider']} {row['layout']}"

@@ -83,7 +83,7 @@ class OptimizedModule(nn.Module):
             trace = None
         else:
             try:
-                trace = self.trace or self.traced(model)
+                trace = self.trace or self._traced(model)
                 run, rows = self._compile(trace, model)
             except NotTraceable as error:
                 run, rows = self._as_module(model, str(error))

@@ -145,6 +145,25 @@ def memory_table(rows: list[Row]) -> Table:
     return table
 
 
+def inference_tables(rows: list[Row]) -> list[Table]:
+    """Latency of every rival, one table per model, batch and dtype."""
+    tables = []
+    for key, group in _grouped(rows, "name", "shape", "dtype").items():
+        columns = ("rival", "p50", "p95", "images/s", "MiB")
+        table = _table("Inference of " + ", ".join(key), *columns, texts=1)
+        for row in group:
+            memory = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:.0f}"
+            name = f"{row['provider']} {row['layout']}"
+            speed = f"{row['images_s']:.1f}"
+            table.add_row(name, _seconds(row["p50"]), _seconds(row["p95"]), speed, memory)
+        ours = _by_provider(group).get("ours", {})
+        if "best_rival" in ours:
+            best = f"{_ratio(ours['ratio_vs_best'])} the best rival ({ours['best_rival']})"
+            table.caption = f"ours: {best}, {_ratio(ours['ratio_vs_eager'])} eager"
+        tables.append(table)
+    return tables
+
+
 def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
     """Print every table that ``rows`` have something for, one machine after the other."""
     for (cpu, threads), machine in _grouped(rows, "cpu", "threads").items():
@@ -164,5 +183,7 @@ def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
             console.print(*model_tables(kinds["model"]), sep="\n")
             if found := cross_ratios(kinds["model"]):
                 console.print(cross_table(found))
+        if "inference" in kinds:
+            console.print(*inference_tables(kinds["inference"]), sep="\n")
         if "memory" in kinds:
             console.print(memory_table(kinds["memory"]))

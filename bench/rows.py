@@ -14,6 +14,8 @@ Kinds and what they add:
               share_of_copy refers to the copies right before and after it
 - ``model``   one training step: p20 p50 p80, rounds, ratios (eager is of the same layout)
 - ``memory``  memory_bytes: activations saved for backward, by unique storage
+- ``inference``  one call in eval mode: p50 p95 (s), images_s, rounds, memory_bytes (how far
+              resident memory rises); ours also ratio_vs_best, best_rival, ratio_vs_eager
 """
 
 from __future__ import annotations

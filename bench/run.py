@@ -29,8 +29,8 @@ ALLOCATORS = ("default", "tuned")
 
 
 def jobs_of(options: Namespace) -> list[Job]:
-    """One job per section and allocator setting; without any of --ops --models --memory, all."""
-    wanted = [name for name in SECTIONS if getattr(options, name)]
+    """One job per section and allocator setting; without any section named, the three of --all."""
+    wanted = [name for name in (*SECTIONS, "inference") if getattr(options, name)]
     if options.all or not wanted:
         wanted = list(SECTIONS)
     dtypes = ("float32", "bfloat16") if options.dtype == "all" else (options.dtype,)
@@ -46,8 +46,8 @@ def jobs_of(options: Namespace) -> list[Job]:
             quick=options.quick,
         )
         for section in wanted
-        # What is saved for backward does not depend on the allocator.
-        for allocator in (allocators[:1] if section == "memory" else allocators)
+        # What is saved for backward does not depend on the allocator; inference sets none.
+        for allocator in (allocators[:1] if section in ("memory", "inference") else allocators)
     ]
 
 

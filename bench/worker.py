@@ -17,6 +17,7 @@ import torch
 
 import resnet_fast as rf
 
+from .inference import run_inference
 from .job import Job
 from .kernels import run_ops
 from .models import run_memory, run_models
@@ -46,6 +47,7 @@ def main(text: str) -> int:
         send({"progress": [done, total, what]})
 
     sections = {"ops": run_ops, "memory": run_memory, "models": run_models}
+    sections["inference"] = run_inference
     for name in job.sections:
         sections[name](job, emit, progress)
     return 0

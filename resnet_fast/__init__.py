@@ -13,6 +13,7 @@ from resnet_fast.config import use_backend
 from resnet_fast.convert import accelerate, restore
 from resnet_fast.env import is_available, load_extension, tune_cpu_memory, why_unavailable
 from resnet_fast.explain import explain
+from resnet_fast.inference import optimize_for_inference
 
 load_extension()
 
@@ -25,6 +26,7 @@ __all__ = [
     "is_available",
     "models",
     "nn",
+    "optimize_for_inference",
     "register_adapter",
     "restore",
     "tune_cpu_memory",

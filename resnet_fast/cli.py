@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: ``python -m resnet_fast {demo,bench,explain,env}``.
+"""The command line: ``python -m resnet_fast {demo,bench,explain,export,env}``.
 
 Exit codes: 0 done; 1 something the user can mend, said in one sentence, or a failed check of the
 demo; 2 wrong usage (argparse); 130 interrupted.
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="the main job on real data, about three minutes"))
     _add_bench(commands.add_parser("bench", help="measure against eager PyTorch and torch.compile"))
     _add_explain(commands.add_parser("explain", help="which block runs which implementation"))
+    _add_export(commands.add_parser("export", help="a folded model as ONNX or for C++"))
     env = commands.add_parser("env", help="versions, build and hardware, for bug reports")
     env.description = "Print versions, whether the extension is loaded, and the hardware."
     env.set_defaults(run=_env)
@@ -103,6 +104,8 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     what.add_argument("--models", action="store_true", help="ResNet-50 training steps")
     what.add_argument("--memory", action="store_true", help="activation memory of a training step")
     what.add_argument("--all", action="store_true", help="the three above")
+    latency = "latency of ResNet-18, 50 and 101 against every inference rival installed"
+    what.add_argument("--inference", action="store_true", help=latency)
     how = bench.add_argument_group("how")
     quick = "tiny shapes, two rounds: only to see that it runs"
     how.add_argument("--quick", action="store_true", help=quick)
@@ -126,6 +129,19 @@ def _add_explain(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--batch", type=positive, default=1, help="images (default: 1)")
     explain.add_argument("--train", action="store_true", help="in training mode")
     explain.set_defaults(run=_explain)
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.description = (
+        "Fold a model's batch norms and write it with standard operators only: FILE.onnx, or "
+        "FILE.pt2, an AOTInductor package that examples/aot_classify loads in C++."
+    )
+    export.add_argument("model", metavar="MODEL", help="resnet50, or torchvision:resnet50")
+    export.add_argument("file", type=Path, metavar="FILE", help="ends in .onnx or .pt2")
+    weights = "a state_dict (torch.save) for MODEL; default: fresh initialisation"
+    export.add_argument("--weights", type=Path, metavar="FILE", help=weights)
+    export.add_argument("--size", type=positive, default=224, help="pixels (default: 224)")
+    export.set_defaults(run=_export)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -195,6 +211,26 @@ def _explain(options: argparse.Namespace) -> int:
         raise UserError(
             f"{options.model} does not run on input {tuple(image.shape)}: {error}"
         ) from None
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from resnet_fast.inference import export
+
+    writers = {".onnx": export.to_onnx, ".pt2": export.to_package}
+    if options.file.suffix not in writers:
+        raise UserError(f"FILE is {str(options.file)!r}; it must end in .onnx or .pt2")
+    model = build_model(options.model)
+    if options.weights is not None:
+        try:
+            model.load_state_dict(torch.load(options.weights, weights_only=True))
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"--weights {options.weights} does not load: {error}") from None
+    if options.file.suffix == ".onnx":
+        for package in ("onnx", "onnxscript"):
+            need(package, package, "export to ONNX")
+    example = torch.zeros(1, 3, options.size, options.size)
+    print(f"written: {writers[options.file.suffix](model, example, options.file)}")
     return 0
 
 

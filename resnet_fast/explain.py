@@ -18,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from resnet_fast import adapters, dispatch
 from resnet_fast._ready import why_not_block, why_not_module
+from resnet_fast.inference.module import OptimizedModule
+from resnet_fast.inference.table import Table
 from resnet_fast.nn import AddReLU, ConvBNAct2d
 
 NOT_RUN = "not run"
@@ -69,7 +71,7 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
+def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation | Table:
     """Run a model once, as it is, and say which block ran which implementation, and why.
 
     inputs, kwargs: what the model is called with. It runs in its current mode without gradients;
@@ -77,10 +79,14 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     statistics do not move. (Hooks of your own see the call.) Without inputs nothing runs, and the
     rows say which blocks could be fused. Modules that are not accelerated are listed, with why.
 
+    Of an optimized module (optimize_for_inference) it is the table made when it was folded.
+
     Raises TypeError if model is not an nn.Module, and whatever the model raises.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(model, OptimizedModule):
+        return model.explain()
     adapters.load()
     units = _units(model)
     if inputs or kwargs:

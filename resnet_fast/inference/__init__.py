@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Inference: a model folded, fused and pre-packed.
+
+fast = resnet_fast.optimize_for_inference(model, images)
+logits = fast(images)          # what model.eval() gives, without gradients
+fast.refresh(model)            # after the model's weights changed
+print(fast.explain())
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast.inference.module import OptimizedModule
+
+__all__ = ["OptimizedModule", "optimize_for_inference"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def optimize_for_inference(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    dtype: torch.dtype | str | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> OptimizedModule:
+    """A module that computes what ``model.eval()`` does, as fast as it can be here.
+
+    model: is not changed, and may be in training mode; what counts is its eval mode.
+    example_input: one input, (N, C, H, W); N, H and W may differ in later calls where the model
+        takes other sizes. Its values are not looked at.
+    dtype: of the results, default the model's; inputs of any floating dtype are converted. "int8"
+        quantises on the CPU (needs torchao); results are float32 and ``agreement`` of the module
+        returned says how near they come.
+    calibration: for "int8" only: batches of images, or of (images, ...), that can be gone through
+        more than once, as a list or a DataLoader can.
+
+    Parameters of the result are private copies. A later change of the model's weights makes its
+    calls raise RuntimeError until ``refresh(model)``. What cannot be folded or traced runs as it
+    is, and ``explain()`` says why. Raises TypeError or ValueError for bad arguments.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(model, OptimizedModule):
+        raise TypeError("model is optimized already; give the model it was made of")
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"example_input must be a Tensor; got {type(example_input).__name__}")
+    if not example_input.is_floating_point():
+        raise TypeError(f"example_input must be floating point; got {example_input.dtype}")
+    if (dtype == "int8") != (calibration is not None):
+        raise ValueError('calibration must be given with dtype="int8", and only then')
+    if calibration is not None:
+        return _quantized(model, example_input, calibration)
+    if dtype is None:
+        floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        dtype = floats[0] if floats else example_input.dtype
+    if dtype not in _DTYPES:
+        names = ", ".join(map(str, _DTYPES))
+        raise ValueError(f'dtype must be one of {names}, "int8"; got {dtype!r}')
+    assert isinstance(dtype, torch.dtype)
+    return OptimizedModule(model, example_input, dtype)
+
+
+def _quantized(model: nn.Module, example: Tensor, calibration: Iterable[Any]) -> OptimizedModule:
+    if iter(calibration) is calibration:
+        raise TypeError("calibration must be a list or a loader; an iterator serves only once")
+    try:
+        importlib.import_module("torchao.quantization.pt2e")
+    except ImportError as error:
+        raise ImportError(f'dtype="int8" needs torchao: pip install torchao ({error})') from None
+    from resnet_fast.inference.int8 import QuantizedModule
+
+    return QuantizedModule(model, example, calibration)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Convs on the CPU: oneDNN with pre-packed weights and fused bias, sum and ReLU.
+
+The operators are those that PyTorch ships for torch.compile. They are private: where one is missing
+or refuses the weights, F.conv2d runs, followed by the sum and the ReLU in place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from resnet_fast.inference.fold import ConvSpec, folded
+
+PACKED, PLAIN = "oneDNN, packed", "F.conv2d"
+# Input sizes to remember for one conv; the copies are as many as there are layouts, two or three.
+MAX_SIZES = 256
+
+
+def compute_dtype(dtype: torch.dtype) -> tuple[torch.dtype, str]:
+    """The dtype to calculate in for a result of ``dtype``, and why it is another one ("" if not).
+
+    Without bfloat16 instructions oneDNN emulates them, slower than float32 and less exact.
+    """
+    if dtype is torch.bfloat16 and not _has_bfloat16():
+        return torch.float32, "calculated in float32: this CPU has no bfloat16 instructions"
+    if dtype is torch.float16:
+        return torch.float32, "calculated in float32: float16 convs are not packed on the CPU"
+    return dtype, ""
+
+
+def _has_bfloat16() -> bool:
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+
+
+def why_not_packed(dtype: torch.dtype) -> str:
+    """Why the packed operators cannot run; "" if they can."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return "this PyTorch has no oneDNN, or it is switched off"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"oneDNN has no {dtype} convs"
+    for name in (
+        "_convolution_pointwise",
+        "_convolution_pointwise_",
+        "_reorder_convolution_weight",
+    ):
+        if not hasattr(torch.ops.mkldnn, name):
+            return f"this PyTorch has no mkldnn::{name}"
+    return ""
+
+
+def make_conv(
+    spec: ConvSpec, values: Mapping[fx.Node, Any], dtype: torch.dtype, sizes: list[int] | None
+) -> tuple[Callable[..., Tensor], str, str]:
+    """(function of (x) or (x, residual), what runs, why not the fast one).
+
+    sizes: of the input in the example, for the choice of the packed layout.
+    """
+    weight, bias = folded(spec, values)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    why = why_not_packed(dtype)
+    if not why:
+        try:
+            return _packed(spec, weight, bias), PACKED, ""
+        except RuntimeError as error:
+            why = f"oneDNN did not pack the weights: {str(error).splitlines()[0]}"
+    return _plain(spec, weight, bias), PLAIN, why
+
+
+def _packed(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    ops: Any = torch.ops.mkldnn
+    weights = _Weights(weight, spec)
+    rest = (bias, spec.padding, spec.stride, spec.dilation, spec.groups)
+    known, pack = weights.known.get, weights.pack
+    relu = "relu" if spec.relu else None
+    if not spec.residual:
+        forward = ops._convolution_pointwise.default
+        attribute = relu or "none"
+
+        def conv(x: Tensor) -> Any:
+            size = x.shape
+            w = known(size)
+            return forward(x, pack(size) if w is None else w, *rest, attribute, [], "")
+
+        return conv
+    onto, binary = ops._convolution_pointwise_.binary, ops._convolution_pointwise.binary
+
+    def conv_onto(x: Tensor, residual: Tensor) -> Any:
+        size = x.shape
+        w = known(size)
+        w = pack(size) if w is None else w
+        return onto(residual, x, w, *rest, "add", 1.0, relu, [], "")
+
+    def conv_add(x: Tensor, residual: Tensor) -> Any:
+        size = x.shape
+        w = known(size)
+        w = pack(size) if w is None else w
+        return binary(x, residual, w, *rest, "add", 1.0, relu, [], "")
+
+    return conv_onto if spec.inplace else conv_add
+
+
+class _Weights:
+    """The weights of one conv, packed for every input size that came.
+
+    oneDNN chooses another layout for another batch or picture size, and weights in the wrong one
+    are reordered in each call, which can cost twenty times the conv. Sizes that want the same
+    layout share one copy.
+    """
+
+    def __init__(self, weight: Tensor, spec: ConvSpec) -> None:
+        self.known: dict[torch.Size, Tensor] = {}
+        self._layouts: dict[bytes, Tensor] = {}
+        self._settings = (spec.padding, spec.stride, spec.dilation, spec.groups)
+        self._lock = threading.Lock()
+        self._last = weight
+        self._add(weight, None)
+
+    def pack(self, size: torch.Size) -> Tensor:
+        """The weights for inputs of this size."""
+        with self._lock:
+            if len(self.known) >= MAX_SIZES:
+                self.known.clear()
+            if size not in self.known:
+                self.known[size] = self._add(self._last.to_dense(), list(size))
+            return self.known[size]
+
+    def _add(self, weight: Tensor, size: list[int] | None) -> Tensor:
+        ops = torch.ops.mkldnn
+        packed = ops._reorder_convolution_weight(weight, *self._settings, size)
+        layout = ops._get_mkldnn_serialized_md(packed).numpy().tobytes()
+        if not self.known:
+            self._layouts.clear()  # the first packing was made before any size was known
+        self._last = self._layouts.setdefault(layout, packed)
+        return self._last
+
+
+def _plain(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    rest = (weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+
+    def conv(x: Tensor) -> Tensor:
+        y = F.conv2d(x, *rest)
+        return y.relu_() if spec.relu else y
+
+    def conv_add(x: Tensor, residual: Tensor) -> Tensor:
+        y = F.conv2d(x, *rest).add_(residual)
+        return y.relu_() if spec.relu else y
+
+    return conv_add if spec.residual else conv

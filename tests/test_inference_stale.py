@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Weights that change after optimize_for_inference (USES U16), refresh, and hooks."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from inference_cases import agrees, image, lively
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import resnet_fast as rf
+
+X = image(2, 3, 32, 32)
+
+
+def small() -> Any:
+    return lively(rf.models.resnet20())
+
+
+def _in_place(model: Any) -> None:
+    with torch.no_grad():
+        model.conv1.weight.mul_(1.5)
+
+
+def _through_data(model: Any) -> None:
+    model.conv1.weight.data = model.conv1.weight.data * 2
+
+
+def _load(model: Any) -> None:
+    model.load_state_dict(lively(rf.models.resnet20(), seed=8).state_dict())
+
+
+def _replace_parameter(model: Any) -> None:
+    model.conv1.weight = nn.Parameter(model.conv1.weight.detach() * 0.5)
+
+
+def _statistics(model: Any) -> None:
+    model.train()
+    with torch.no_grad():
+        model(X)
+
+
+def _step(model: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()
+    model(X).sum().backward()
+    optimizer.step()
+
+
+def _ema(model: Any) -> None:
+    with torch.no_grad():
+        torch._foreach_lerp_(
+            [*model.parameters()], [torch.ones_like(p) for p in model.parameters()], 0.1
+        )
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "in place": _in_place,
+    "through .data": _through_data,
+    "load_state_dict": _load,
+    "another parameter": _replace_parameter,
+    "running statistics": _statistics,
+    "optimizer step": _step,
+    "moving average": _ema,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_weights_are_never_stale(name: str) -> None:
+    model = small()
+    fast = rf.optimize_for_inference(model, X)
+    agrees(fast, model, X)
+    CHANGES[name](model)
+    with pytest.raises(RuntimeError, match=r"refresh\(model\)"):
+        fast(X)
+    fast.refresh(model)
+    agrees(fast, model, X)
+
+
+def test_a_module_put_in_another_ones_place() -> None:
+    model = small()
+    fast = rf.optimize_for_inference(model, X)
+    model.conv1 = nn.Sequential(model.conv1, nn.Identity())
+    with pytest.raises(RuntimeError, match="conv1"):
+        fast(X)
+    before = fast.explain().rows
+    with pytest.raises(ValueError, match="optimize_for_inference again"):
+        fast.refresh(model)
+    assert fast.explain().rows == before
+
+
+def test_pruning_and_parametrizations() -> None:
+    """Both make the weight from other tensors at each call: the graph's constants do so once."""
+    model = small()
+    parametrizations.weight_norm(model.conv1)
+    fast = rf.optimize_for_inference(model, X)
+    agrees(fast, model, X)
+    with torch.no_grad():
+        model.conv1.parametrizations.weight.original0.mul_(2)
+    with pytest.raises(RuntimeError, match="original0"):
+        fast(X)
+    fast.refresh(model)
+    agrees(fast, model, X)
+
+
+def test_pruning_masks_are_hooks() -> None:
+    """torch.nn.utils.prune works by a forward pre-hook: the module runs as it is, and says so."""
+    model = small()
+    prune.random_unstructured(model.conv1, "weight", amount=0.5)
+    fast = rf.optimize_for_inference(model, X)
+    assert "hooks on conv1" in str(rf.explain(fast))
+    with torch.no_grad():
+        model.eval()(X)  # deepcopy, for the comparison, wants a weight without a graph
+    agrees(fast, model, X)
+
+
+def test_the_model_is_not_kept_alive() -> None:
+    model = small()
+    right = model.eval()(X).detach()
+    fast = rf.optimize_for_inference(model, X)
+    gone = [weakref.ref(model), weakref.ref(model.conv1.weight)]
+    del model
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+    assert torch.allclose(fast(X), right, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_are_private() -> None:
+    model = small()
+    fast = rf.optimize_for_inference(model, X)
+    right = fast(X)
+    watch, fast._watch = fast._watch, type(fast._watch)(nn.Identity())
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.zero_()
+    assert torch.equal(fast(X), right), "the result reads the model's own tensors"
+    assert watch.changed() is not None
+
+
+def test_hooks_run_and_are_said() -> None:
+    model = small()
+    seen: list[tuple[int, ...]] = []
+    model.layer1[0].register_forward_hook(lambda m, args, y: seen.append(tuple(y.shape)))
+    model.layer2[0].register_forward_hook(lambda m, args, y: y * 2)
+    fast = rf.optimize_for_inference(model, X)
+    assert seen == [], "tracing ran the hooks"
+    agrees(fast, model, X)
+    assert seen[0] == (2, 16, 32, 32)
+    assert "forward hooks on layer1.0, layer2.0" in str(rf.explain(fast))
+
+
+def test_refresh_with_other_things() -> None:
+    fast = rf.optimize_for_inference(small(), X)
+    with pytest.raises(TypeError, match="model"):
+        fast.refresh({"conv1.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="not the one"):
+        fast.refresh(rf.models.resnet32())
+
+
+def test_refresh_from_a_copy_of_other_weights() -> None:
+    fast = rf.optimize_for_inference(small(), X)
+    other = lively(rf.models.resnet20(), seed=12)
+    fast.refresh(other)
+    agrees(fast, other, X)
+
+
+def test_unfolded_weights_are_refreshed_too() -> None:
+    """Constants of operators that are not convs: the head, and a norm before its conv."""
+    model = lively(rf.models.preact_resnet18())
+    fast = rf.optimize_for_inference(model, X)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    fast.refresh(model)
+    agrees(fast, model, X)
+
+
+def test_shared_weights() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(self.conv(torch.relu(self.norm(self.conv(x))))) + x)
+
+    model = lively(Twice())
+    fast = rf.optimize_for_inference(model, X)
+    agrees(fast, model, X)
+    with torch.no_grad():
+        model.conv.weight.neg_()
+    fast.refresh(model)
+    agrees(fast, model, X)

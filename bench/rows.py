@@ -14,6 +14,9 @@ Kinds and what they add:
               share_of_copy refers to the copies right before and after it
 - ``model``   one training step: p20 p50 p80, rounds, ratios (eager is of the same layout)
 - ``memory``  memory_bytes: activations saved for backward, by unique storage
+
+Rows of a GPU have ``card``, ``driver`` and ``cuda`` as well, ``graph`` (whether a CUDA graph was
+replayed) and, where a rival could not run, kind ``failed`` with its ``error``.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu.jsonl"
 KEY = (
+    "card",
     "cpu",
     "threads",
     "kind",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Benchmarks of resnet_fast on the CPU: ops, whole training steps and activation memory.
+"""Benchmarks of resnet_fast: ops, whole training steps and activation memory.
 
-Run with ``python -m resnet_fast bench`` from a source checkout. One file per concern:
+On the CPU: ``python -m resnet_fast bench`` from a source checkout. On a GPU:
+``python -m bench.gpu``, which ``tools/gpu_check.sh`` calls. One file per concern:
 
 - ``timing``      rivals measured in turn (A B A B ...), quantiles and ratios
 - ``layers``      ResNet-50's batch-norm layers and the bytes each scheme must move
@@ -13,4 +14,9 @@ Run with ``python -m resnet_fast bench`` from a source checkout. One file per co
 - ``run``         starts the workers, stores the rows, prints the tables
 - ``comparison``  the printed tables, and the comparison between allocator settings
 - ``plot``        ``results/cpu.png``
+- ``gpu``         the command for a GPU: its rows, its table
+- ``gpu_timing``  CUDA events, cold L2 by rotating buffers, CUDA graphs
+- ``gpu_kernels`` the op benchmark there, and its copy bandwidth
+- ``gpu_models``  the training-step benchmark there
+- ``gpu_plot``    bytes a second against bytes, ``results/<card>.png``
 """

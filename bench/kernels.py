@@ -58,12 +58,12 @@ def _ours(op: str) -> Forward:
 class Case:
     """One layer's tensors, and its rivals as calls without arguments."""
 
-    def __init__(self, layer: Layer, dtype: torch.dtype, layout: str) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, layer: Layer, dtype: torch.dtype, layout: str, device: str = "cpu") -> None:
+        generator = torch.Generator(device).manual_seed(0)
         fmt: Any = MEMORY_FORMATS[layout]
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator, device=device)
 
         def image() -> Tensor:
             return random(*layer.shape).to(dtype=dtype, memory_format=fmt)
@@ -100,7 +100,8 @@ class Case:
         return step
 
 
-def _rivals(case: Case, what: str, with_compile: bool) -> dict[str, Callable[[], None]]:
+def rivals_of(case: Case, what: str, with_compile: bool) -> dict[str, Forward]:
+    """Rival name -> forward, after all were seen to compute what eager does."""
     forwards = {"eager": _eager(case.op), "ours": _ours(case.op)}
     if with_compile:
         # One static graph a shape is the compiler's best case; the reset keeps earlier shapes from
@@ -110,7 +111,7 @@ def _rivals(case: Case, what: str, with_compile: bool) -> dict[str, Callable[[],
     expected = case.results(forwards["eager"])
     for name in [name for name in forwards if name != "eager"]:
         check_equal(f"{name} {what}", case.results(forwards[name]), expected, case.x.dtype)
-    return {name: case.call(forward) for name, forward in forwards.items()}
+    return forwards
 
 
 class CopyMeter:
@@ -159,7 +160,8 @@ def ratios(timings: Timings, provider: str) -> dict[str, float]:
     return {f"ratio_vs_{base}": timings.ratio(base, provider) for base in bases}
 
 
-def _layer_rows(layer: Layer, dtype: torch.dtype, timings: Timings, bandwidth: float) -> list[Any]:
+def layer_rows(layer: Layer, dtype: torch.dtype, timings: Timings, bandwidth: float) -> list[Any]:
+    """A row a rival; bandwidth: bytes a second of a large copy."""
     rows = []
     for provider in timings.seconds:
         p20, p50, p80 = timings.quantiles(provider)
@@ -227,13 +229,14 @@ def run_ops(job: Job, emit: Emit, progress: Progress) -> None:
             what = f"{layer.op} {'x'.join(map(str, layer.shape))} {dtype_name} {layout}"
             progress(done, len(plan) * len(layers), what)
             case = Case(layer, dtype, layout)
-            rivals = _rivals(case, what, job.compile and layout == "channels_last")
+            forwards = rivals_of(case, what, job.compile and layout == "channels_last")
+            rivals = {name: case.call(forward) for name, forward in forwards.items()}
             limits = (0.05, 2) if job.quick else (0.8, 5)
             copies = copy.sample()
             timings = measure(rivals, budget=limits[0], min_rounds=limits[1], max_rounds=40)
             copies += copy.sample()
             bandwidth = copy.bytes / quantile(copies, 0.5)
-            measured = _layer_rows(layer, dtype, timings, bandwidth)
+            measured = layer_rows(layer, dtype, timings, bandwidth)
             for row in measured:
                 emit({**common, **row})
             rows += measured

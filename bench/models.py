@@ -58,16 +58,20 @@ class Trainer:
         self.optimizer = torch.optim.SGD(self.parameters, lr=1e-3, momentum=0.9)
 
     def loss(self) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.autocast):
             return F.cross_entropy(self.model(self.images), self.labels)
 
-    def step(self) -> float:
-        """One training step; returns the loss before the update."""
+    def launch(self) -> Tensor:
+        """One training step, without waiting for a GPU; returns the loss before the update."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
-        return loss.item()
+        return loss.detach()
+
+    def step(self) -> float:
+        """As launch(), the loss as a number."""
+        return self.launch().item()
 
 
 def saved_bytes(run: Callable[[], object], owned: list[Tensor]) -> int:
@@ -113,16 +117,16 @@ def _row(job: Job, images: Tensor, provider: str, layout: str, dtype: str) -> di
     }
 
 
-def _reference(call: Callable[[], Any], plain_is_ours: bool) -> Callable[[], Any]:
+def on_reference(call: Callable[[], Any], plain_is_ours: bool) -> Callable[[], Any]:
     """Run ``call`` on the reference backend where the plain model is one of our own."""
     if not plain_is_ours:
         return call
 
-    def on_reference() -> Any:
+    def plain() -> Any:
         with rf.use_backend("reference"):
             return call()
 
-    return on_reference
+    return plain
 
 
 def _trainers(job: Job, dtype: str, progress: Callable[[str], None]) -> tuple[dict[str, Any], str]:
@@ -143,7 +147,7 @@ def _trainers(job: Job, dtype: str, progress: Callable[[str], None]) -> tuple[di
     steps = {
         name: trainer.step
         if name.startswith("ours")
-        else _reference(trainer.step, source == "resnet_fast")
+        else on_reference(trainer.step, source == "resnet_fast")
         for name, trainer in made.items()
     }
     expected = None
@@ -206,7 +210,7 @@ def run_memory(job: Job, emit: Emit, progress: Progress) -> None:
             trainer = Trainer(model, "channels_last", dtype, images, labels)
             run = trainer.loss
             if provider == "eager":
-                run = _reference(run, source == "resnet_fast")
+                run = on_reference(run, source == "resnet_fast")
             rows[provider] = saved_bytes(run, [*model.parameters(), *model.buffers()])
         for provider, count in rows.items():
             row = _row(job, images, provider, "channels_last", dtype)

@@ -16,6 +16,9 @@ Kinds and what they add:
 - ``memory``  memory_bytes: activations saved for backward, by unique storage
 - ``inference``  one call in eval mode: p50 p95 (s), images_s, rounds, memory_bytes (how far
               resident memory rises); ours also ratio_vs_best, best_rival, ratio_vs_eager
+
+Rows of a GPU have ``card``, ``driver`` and ``cuda`` as well, ``graph`` (whether a CUDA graph was
+replayed) and, where a rival could not run, kind ``failed`` with its ``error``.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu.jsonl"
 KEY = (
+    "card",
     "cpu",
     "threads",
     "kind",

@@ -9,6 +9,7 @@ chosen at run time.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -92,14 +93,14 @@ def resolve(root: Path, *, emulated: bool) -> Plan:
     if not compiler or not shutil.which(compiler.split()[0]):
         raise CannotBuild("no C++ compiler found (g++, clang++ or $CXX)")
     try:
-        import ninja  # noqa: F401
-        import pybind11
         import torch
-    except ImportError as error:
+    except ImportError:
         raise CannotBuild(
-            f"{error.name} is not importable here; install torch first and use"
+            "torch is not importable here; install it first and use"
             " `pip install --no-build-isolation`"
-        ) from error
+        ) from None
+    if ninja_command() is None:
+        raise CannotBuild("ninja was not found (`pip install ninja`)")
     version = subprocess.run(
         [*compiler.split(), "--version"], capture_output=True, text=True, check=False
     ).stdout.splitlines()
@@ -114,7 +115,7 @@ def resolve(root: Path, *, emulated: bool) -> Plan:
         compiler_version=version[0],
         torch_version=torch.__version__,
         torch_root=Path(torch.__file__).parent,
-        pybind_include=pybind11.get_include(),
+        pybind_include=_pybind_include(Path(torch.__file__).parent),
         instruction_sets=sets,
         emulated=emulated,
     )
@@ -127,6 +128,23 @@ def resolve(root: Path, *, emulated: bool) -> Plan:
     return plan
 
 
+def ninja_command() -> list[str] | None:
+    """How ninja is called: Python's package, or the program; None where there is neither."""
+    if importlib.util.find_spec("ninja") is not None:
+        return [sys.executable, "-m", "ninja"]
+    program = shutil.which("ninja")
+    return None if program is None else [program]
+
+
+def _pybind_include(torch_root: Path) -> str:
+    """pybind11's own headers, else the copy that torch ships."""
+    try:
+        import pybind11
+    except ImportError:
+        return str(torch_root / "include")
+    return str(pybind11.get_include())
+
+
 def build(plan: Plan, root: Path, work: Path, target: Path) -> None:
     """Write the ninja file under work, run it, and copy the modules to target.
 
@@ -135,7 +153,7 @@ def build(plan: Plan, root: Path, work: Path, target: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
     (work / "build.ninja").write_text(NinjaFile(plan, root).text())
-    command = [sys.executable, "-m", "ninja", "-C", str(work), "-j", str(jobs())]
+    command = [*(ninja_command() or ["ninja"]), "-C", str(work), "-j", str(jobs())]
     if subprocess.run(command, check=False).returncode != 0:
         raise SystemExit("resnet_fast: the extension failed to compile (see above)")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")

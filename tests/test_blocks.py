@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torchvision_blocks import KINDS, Change, X, check, make, run_twins
-from twins import Log, image, randomise, reasons, twin
+from twins import Log, assert_same, image, randomise, reasons, step, twin
 
 import resnet_fast as rf
 from resnet_fast import blocks, dispatch
@@ -198,10 +198,12 @@ def test_parametrized_and_pruned_norms() -> None:
     check("basic", pruned_conv, None, steps=2)
 
 
-def test_sync_batch_norm_is_not_fused() -> None:
-    block = accelerate(nn.SyncBatchNorm.convert_sync_batchnorm(make("basic"))).eval()
-    with torch.no_grad():
-        assert reasons(lambda: block(X))[0][1].startswith("bn1 is a SyncBatchNorm")
+def test_sync_batch_norm_is_fused() -> None:
+    """In one process it is a BatchNorm2d; over several: tests/uses/test_u29_many_processes.py."""
+    plain = nn.SyncBatchNorm.convert_sync_batchnorm(make("basic"))
+    assert type(plain.bn1) is nn.SyncBatchNorm
+    block = accelerate(twin(plain))
+    assert not reasons(lambda: assert_same(step(block, X), step(plain, X)))
 
 
 # ---- shared modules ------------------------------------------------------------------------------

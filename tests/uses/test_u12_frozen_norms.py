@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
+import with_torchvision  # noqa: F401
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 from twins import Results

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import shims
 import torch
+import with_torchvision  # noqa: F401
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from twins import Results, assert_same, image, randomise

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import with_torchvision  # noqa: F401
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from twins import Results, step

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import with_torchvision  # noqa: F401
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 from twins import Results, assert_same, randomise

@@ -131,7 +131,7 @@ def test_rivals_of_an_op_are_equal(op: str, layout: str, dtype: torch.dtype) -> 
         for name in ("x", "residual", "weight", "bias")
         if (name != "residual" or "add" in op) and (op != "add_relu" or name in ("x", "residual"))
     ]
-    assert set(kernels._rivals(case, op, False)) == {"eager", "ours"}
+    assert set(kernels.rivals_of(case, op, False)) == {"eager", "ours"}
 
 
 def test_a_wrong_rival_is_not_timed() -> None:

@@ -267,7 +267,7 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = rows.load(path)
     assert {row["kind"] for row in found} == {"copy", "op", "total", "model", "memory"}
     for row in found:
-        assert set(rows.KEY) <= set(row)
+        assert set(rows.KEY) - {"card"} <= set(row)  # a GPU's rows name one
         assert row["quick"]
         assert row["threads"] == 1
         if row["kind"] != "memory":

@@ -95,7 +95,7 @@ else
   capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
   stage build 150 env RESNET_FAST_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability" \
     "$python" setup.py build_ext --inplace
-  stage tests 140 env RESNET_FAST_REQUIRE=1 "$python" -m pytest "${cuda_tests[@]}" \
+  stage tests 105 env RESNET_FAST_REQUIRE=1 "$python" -m pytest "${cuda_tests[@]}" \
     -k "(cuda or gpu) and not emulated"
   bench=(--rows "$rows")
   # bfloat16 first and with torch.compile, then the rest as far as the time goes.

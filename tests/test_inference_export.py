@@ -41,7 +41,7 @@ def onnx_file(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_folded_module(model: nn.Module) -> None:
     folded = export.fold(model, X[:1])
     judge(folded(X), model, X)
-    assert "batch_norm" not in folded.graph.code
+    assert "batch_norm" not in folded.network.code
     own = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
     assert not own & {t.data_ptr() for t in folded.buffers()}
 

@@ -25,11 +25,11 @@ class Folded(nn.Module):
 
     def __init__(self, graph: fx.GraphModule, out_spec: pytree.TreeSpec) -> None:
         super().__init__()
-        self.graph = graph
+        self.network = graph
         self._out_spec = out_spec
 
     def forward(self, x: Tensor) -> Any:
-        outputs = self.graph(x)
+        outputs = self.network(x)
         return pytree.tree_unflatten(outputs, self._out_spec)
 
 

@@ -20,7 +20,13 @@ import torch
 from resnet_fast import _library
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "emulated"
-NAMES = [schema.split("(")[0] for schema in _library.SCHEMAS]
+# The operators that have CUDA kernels; the plain ones stand in for the others on a card.
+NAMES = (
+    "add_relu_forward",
+    "add_relu_backward",
+    "batch_norm_act_forward",
+    "batch_norm_act_backward",
+)
 # A small card: fewer threads to emulate, and still several blocks a kernel.
 FAST = {"count": False, "multiprocessors": 4}
 _library_of_tests = torch.library.Library("resnet_fast_emulated", "DEF")
@@ -33,7 +39,8 @@ def load() -> ModuleType | str:
     if not any(FOLDER.glob("_emulated*")):
         return "the emulated kernels were not built (`pip install -e .` builds them)"
     for schema in _library.SCHEMAS:
-        _library_of_tests.define(schema)
+        if schema.split("(")[0] in NAMES:
+            _library_of_tests.define(schema)
     sys.path.append(str(FOLDER))
     try:
         module = importlib.import_module("_emulated")

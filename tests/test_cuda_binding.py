@@ -3,26 +3,19 @@
 
 from __future__ import annotations
 
+import emulated
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resnet_fast as rf
-from resnet_fast import _library, dispatch, env, functional
+from resnet_fast import dispatch, env, functional
 
 pytestmark = pytest.mark.skipif(not rf.is_available("cuda"), reason=str(rf.why_unavailable("cuda")))
-# The forms that have no kernel on a card yet: there the plain operator stands in.
-CPU_ALONE = {
-    "batch_norm_act_backward_",
-    "batch_norm_statistics",
-    "batch_norm_act_backward_reduce",
-    "batch_norm_act_backward_apply",
-}
-NAMES = sorted({schema.split("(")[0] for schema in _library.SCHEMAS} - CPU_ALONE)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", emulated.NAMES)
 def test_every_operator_has_a_cuda_kernel(name: str) -> None:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has(f"resnet_fast::{name}", "CUDA")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ def _quantized(exported: Any, batches: Iterator[Tensor]) -> Any:
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     # prepare_pt2e changes what it is given, and exported is the float32 side of the comparison.
     with torch.no_grad():
-        prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
+        prepared = prepare_pt2e(_with_sources(copy.deepcopy(exported)), quantizer)
         count = 0
         for images in batches:
             prepared(images)
@@ -79,6 +80,24 @@ def _quantized(exported: Any, batches: Iterator[Tensor]) -> Any:
         if count == 0:
             raise ValueError("calibration gave no images")
         return move_exported_model_to_eval(convert_pt2e(prepared))
+
+
+def _with_sources(exported: Any) -> Any:
+    """The graph with every node's source written down, by which the quantizer finds patterns.
+
+    Export would have noted it of a model's modules; these nodes come from folding.
+    """
+    aten = torch.ops.aten
+    sources: dict[Any, Any] = {
+        aten.conv2d.default: nn.Conv2d,
+        aten.linear.default: nn.Linear,
+        aten.relu.default: nn.ReLU,
+        aten.add.Tensor: operator.add,
+    }
+    for node in exported.graph.nodes:
+        if node.target in sources:
+            node.meta["source_fn_stack"] = [(node.name, sources[node.target])]
+    return exported
 
 
 def _agreement(exported: Any, converted: Any, batches: Iterator[Tensor]) -> Agreement:

@@ -55,6 +55,16 @@ def why_not_packed(dtype: torch.dtype) -> str:
     return ""
 
 
+def let_malloc_keep() -> None:
+    """Let glibc keep blocks of up to 32 MiB for the next call, as it does once one was freed.
+
+    Freeing a mapped block raises the size from which glibc maps blocks to that block's, and what it
+    keeps at the heap's end to twice that (mallopt(3), M_MMAP_THRESHOLD; 32 MiB is the most). Before
+    that every call faults its memory in anew. Elsewhere this is an allocation and nothing else.
+    """
+    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
+
+
 def make_conv(
     spec: ConvSpec, values: Mapping[fx.Node, Any], dtype: torch.dtype, sizes: list[int] | None
 ) -> tuple[Callable[..., Tensor], str, str]:

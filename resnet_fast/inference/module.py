@@ -39,6 +39,7 @@ class OptimizedModule(nn.Module):
         self.dtype = dtype
         self.compute, self.why_compute = cpu.compute_dtype(dtype)
         self._example = torch.empty(example.shape, dtype=example.dtype, device="meta")
+        cpu.let_malloc_keep()
         self.trace: Trace | None = None
         self._signature: list[Any] = []
         self._build(model)

@@ -160,8 +160,8 @@ def _check(name: str, got: Any, expected: Tensor, dtype: str) -> None:
 
 
 def _cells(job: Job) -> list[tuple[str, int, str]]:
-    models = ("resnet18",) if job.quick else ("resnet18", "resnet50", "resnet101")
-    sizes = (1, 2) if job.quick else (1, 16, 64)
+    models = ("resnet18",) if job.quick else job.networks
+    sizes = (1, 2) if job.quick else job.batches
     return [(m, n, d) for d in job.dtypes for m in models for n in sizes]
 
 
@@ -193,7 +193,7 @@ def run_inference(job: Job, emit: Emit, progress: Progress) -> None:
                 _check(rival, run(x), expected, dtype)
                 calls[rival] = lambda run=run, x=x: run(x)
                 memory[rival] = rise_of_memory(calls[rival])
-            limits = {"budget": 1.0, "min_rounds": 2} if job.quick else {"budget": 40.0}
+            limits = {"budget": 1.0, "min_rounds": 2} if job.quick else {"budget": 30.0}
             timings = measure(calls, max_rounds=60, **limits)
         for rival in calls:
             row = {"name": name, "shape": list(images.shape), "dtype": dtype, "source": source}

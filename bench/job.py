@@ -35,6 +35,8 @@ class Job:
     threads: int = 2
     compile: bool = True
     quick: bool = False
+    networks: tuple[str, ...] = ("resnet18", "resnet50", "resnet101")
+    batches: tuple[int, ...] = (1, 16, 64)
 
 
 def check_equal(

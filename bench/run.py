@@ -44,6 +44,8 @@ def jobs_of(options: Namespace) -> list[Job]:
             threads=options.threads,
             compile=options.compile,
             quick=options.quick,
+            networks=tuple(options.networks),
+            batches=tuple(options.batches),
         )
         for section in wanted
         # What is saved for backward does not depend on the allocator; inference sets none.

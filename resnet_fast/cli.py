@@ -106,6 +106,10 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     what.add_argument("--all", action="store_true", help="the three above")
     latency = "latency of ResNet-18, 50 and 101 against every inference rival installed"
     what.add_argument("--inference", action="store_true", help=latency)
+    nets, sizes = ["resnet18", "resnet50", "resnet101"], [1, 16, 64]
+    which = "of --inference (default: all)"
+    what.add_argument("--networks", nargs="+", choices=nets, default=nets, help=which)
+    what.add_argument("--batches", nargs="+", type=positive, default=sizes, help="of --inference")
     how = bench.add_argument_group("how")
     quick = "tiny shapes, two rounds: only to see that it runs"
     how.add_argument("--quick", action="store_true", help=quick)

@@ -6,6 +6,8 @@ The mask is the interesting part: one bit an element, in memory order of the out
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -220,20 +222,10 @@ def batch_norm_act_backward(
 
 
 def batch_norm_act_backward_(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    training: bool,
-    relu: bool,
-    output_mask: list[bool],
+    grad: Tensor, x: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dresidual, dweight, dbias = batch_norm_act_backward(
-        grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask
-    )
-    if output_mask[0]:
+    """batch_norm_act_backward, with dx written over grad if it is wanted."""
+    dx, dresidual, dweight, dbias = batch_norm_act_backward(grad, x, *rest)
+    if rest[-1][0]:
         grad.copy_(dx)
     return nothing(x, x.dtype), dresidual, dweight, dbias

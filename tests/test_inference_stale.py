@@ -32,6 +32,10 @@ def _through_data(model: Any) -> None:
     model.conv1.weight.data = model.conv1.weight.data * 2
 
 
+def _in_place_through_data(model: Any) -> None:
+    model.layer2[1].conv2.weight.data.mul_(1.01)
+
+
 def _load(model: Any) -> None:
     model.load_state_dict(lively(rf.models.resnet20(), seed=8).state_dict())
 
@@ -63,6 +67,7 @@ def _ema(model: Any) -> None:
 CHANGES: dict[str, Callable[[Any], None]] = {
     "in place": _in_place,
     "through .data": _through_data,
+    "in place through .data": _in_place_through_data,
     "load_state_dict": _load,
     "another parameter": _replace_parameter,
     "running statistics": _statistics,

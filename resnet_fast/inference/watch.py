@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import Tensor, nn
+
+from resnet_fast.layout import is_channels_last
 
 _Entry = tuple[str, "weakref.ref[Tensor]", int, int]
 _Record = tuple["weakref.ref[nn.Module]", list[_Entry], list[_Entry], list[tuple[str, int]]]
@@ -13,6 +16,58 @@ _Record = tuple["weakref.ref[nn.Module]", list[_Entry], list[_Entry], list[tuple
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+class _Samples:
+    """A few values of every parameter: ``p.data.add_(...)`` moves them and counts no version up.
+
+    Nearly every such change (a step, an average, a merge) moves every value; one that leaves the
+    sampled ones alone is not seen.
+    """
+
+    EACH = 4
+
+    def __init__(self, model: nn.Module) -> None:
+        self._groups: dict[torch.dtype, tuple[list[Tensor], list[str]]] = {}
+        for name, p in model.named_parameters():
+            dense = p.layout is torch.strided and p.device.type == "cpu" and p.numel() > 0
+            if dense and p.is_floating_point() and type(p) is nn.Parameter:
+                views, names = self._groups.setdefault(p.dtype, ([], []))
+                views.append(self._view(p.detach()))
+                names.append(name)
+        self._values = {dtype: _bits(views) for dtype, (views, _) in self._groups.items()}
+
+    def _view(self, p: Tensor) -> Tensor:
+        """Up to EACH values spread over the memory of p."""
+        if is_channels_last(p):
+            p = p.movedim(1, -1)
+        if not p.is_contiguous():
+            return p[(0,) * (p.dim() - 1)][:1]
+        flat = p.view(-1)
+        return flat[:: max(1, flat.numel() // self.EACH)][: self.EACH]
+
+    def changed(self) -> str | None:
+        for dtype, (views, names) in self._groups.items():
+            now, then = _bits(views), self._values[dtype]
+            if not torch.equal(now, then):
+                return names[self._first(views, now, then)]
+        return None
+
+    def _first(self, views: list[Tensor], now: Tensor, then: Tensor) -> int:
+        at = int((now != then).nonzero()[0]) // views[0].element_size()
+        for number, view in enumerate(views):
+            at -= view.numel()
+            if at < 0:
+                return number
+        return len(views) - 1
+
+    def drop(self) -> None:
+        self._groups.clear()
+
+
+def _bits(views: list[Tensor]) -> Tensor:
+    """As bytes, so that a NaN is equal to itself."""
+    return torch.cat(views).view(torch.uint8)
 
 
 class Watch:
@@ -23,7 +78,9 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+        samples = _Samples(model)
+        self._samples = samples  # they hold the weights, so they go when the model does
+        self._model = weakref.ref(model, lambda _: samples.drop())
         self._records: list[_Record] = []
         self._names: dict[int, str] = {}
         for name, module in model.named_modules():
@@ -64,7 +121,7 @@ class Watch:
             for key, identity in children:
                 if id(modules.get(key)) != identity:
                     return self._name(number, key)
-        return None
+        return self._samples.changed()
 
     def _name(self, number: int, key: str) -> str:
         return f"{self._names[number]}.{key}".lstrip(".")

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""tools/gpu_check.sh where there is no GPU: its arguments, and a run that stands in for a card."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str, limit: float = 30) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "tools" / "gpu_check.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        check=False,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+
+
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",), ("--nonsense", "x"), ("one", "two")])
+def test_wrong_arguments_are_refused(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr == "usage: tools/gpu_check.sh [--dry-run] OUTDIR\n"
+
+
+@pytest.mark.slow
+def test_dry_run(tmp_path: Path) -> None:
+    done = run("--dry-run", str(tmp_path), limit=600)
+    assert done.returncode == 0, done.stdout[-2000:]
+    stages = dict(
+        line.split("\t")[:2] for line in (tmp_path / "stages.tsv").read_text().splitlines()
+    )
+    assert stages["kernels"] == "ok"
+    assert stages["models"] == "ok"
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in rows} >= {"copy", "model"}
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")

@@ -12,6 +12,11 @@ from .rows import RESULTS, Row, load, newest
 COLORS = {"eager nchw": "#b9bec6", "eager": "#7f8794", "compile": "#d08a2e", "ours": "#1f6fb2"}
 
 
+def _label(value: float, unit: str) -> str:
+    """Three digits, and never an exponent."""
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
 def _bars(axes: Any, groups: list[tuple[str, dict[str, float]]], unit: str) -> None:
     """Horizontal bars, one group per label, fastest last; the value is written at each bar."""
     place = 0.0
@@ -22,7 +27,7 @@ def _bars(axes: Any, groups: list[tuple[str, dict[str, float]]], unit: str) -> N
         ticks.append((place + (len(of) - 1) / 2, label))
         for name, value in of.items():
             axes.barh(place, value, 0.85, color=COLORS[name], label=None if name in seen else name)
-            axes.text(value + longest * 0.01, place, f"{value:.3g} {unit}", va="center", fontsize=8)
+            axes.text(value + longest * 0.01, place, _label(value, unit), va="center", fontsize=8)
             seen.add(name)
             place += 1
         place += 0.8

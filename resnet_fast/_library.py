@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast import _phases, _plain
-from resnet_fast.layout import accumulate_dtype, is_channels_last, mask_bytes, to_layout
+from resnet_fast.layout import accumulate_dtype, mask_bytes, new_like, to_layout
 
 library = torch.library.Library("resnet_fast", "DEF")
 
@@ -43,14 +43,9 @@ for _schema in SCHEMAS:
 
 
 # ---- fakes ---------------------------------------------------------------------------------------
-def _fake_like(x: Tensor) -> Tensor:
-    """An output of x's shape in the layout rule of layout.py."""
-    return torch.empty_like(x if is_channels_last(x) else x.contiguous())
-
-
 def _fake_add_relu_forward(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
     _plain.check_same("residual", residual, x)
-    y = _fake_like(x)
+    y = new_like(x)
     return y, x.new_empty(mask_bytes(x.numel()) if save_mask else 0, dtype=torch.uint8)
 
 
@@ -75,7 +70,7 @@ def _fake_batch_norm_act_forward(
     _plain.check_forward(x, weight, bias, residual, running_mean, running_var, training)
     stat = x.new_empty(x.size(1), dtype=accumulate_dtype(x.dtype))
     mask = x.new_empty(mask_bytes(x.numel()) if save_mask else 0, dtype=torch.uint8)
-    return _fake_like(x), stat, torch.empty_like(stat), mask
+    return new_like(x), stat, torch.empty_like(stat), mask
 
 
 def _fake_batch_norm_act_backward(
@@ -95,8 +90,8 @@ def _fake_batch_norm_act_backward(
     want_dx, want_dresidual, want_dweight, want_dbias = output_mask
     param = _plain.param_dtype(accumulate_dtype(x.dtype), weight, bias)
     return (
-        _fake_like(x) if want_dx else _plain.nothing(x, x.dtype),
-        _fake_like(x) if want_dresidual else _plain.nothing(x, x.dtype),
+        new_like(x) if want_dx else _plain.nothing(x, x.dtype),
+        new_like(x) if want_dresidual else _plain.nothing(x, x.dtype),
         x.new_empty(x.size(1) if want_dweight else 0, dtype=param),
         x.new_empty(x.size(1) if want_dbias else 0, dtype=param),
     )

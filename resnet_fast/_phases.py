@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast import _plain, reference
-from resnet_fast.layout import is_channels_last, normalise, to_layout
+from resnet_fast.layout import new_like, normalise, to_layout
 
 SCHEMAS = (
     "batch_norm_statistics(Tensor x) -> (Tensor mean, Tensor m2)",
@@ -27,7 +27,7 @@ SCHEMAS = (
 # ---- forward -------------------------------------------------------------------------------------
 def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per channel of x (N, C, *): the mean, and the sum of squared deviations from it, float64."""
-    _check_x(x)
+    _plain.check_dimensions(x)
     values = x.transpose(0, 1).flatten(1).double()
     if values.size(1) == 0:
         return values.new_zeros(values.size(0)), values.new_zeros(values.size(0))
@@ -38,7 +38,7 @@ def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_x(x)
+    _plain.check_dimensions(x)
     mean = x.new_empty(x.size(1), dtype=torch.float64)
     return mean, torch.empty_like(mean)
 
@@ -85,7 +85,7 @@ def fake_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _plain.check_backward(grad, x, mean, invstd, weight, bias, mask)
     total = x.new_empty(x.size(1), dtype=torch.float64)
-    masked = _like(x) if relu else _plain.nothing(x, x.dtype)
+    masked = new_like(x) if relu else _plain.nothing(x, x.dtype)
     return masked, total, torch.empty_like(total)
 
 
@@ -125,14 +125,4 @@ def fake_apply(
     count: float,
 ) -> Tensor:
     _plain.check_backward(masked, x, mean, invstd, weight, None, None)
-    return _like(x)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x if is_channels_last(x) else x.contiguous())
-
-
-def _check_x(x: Tensor) -> None:
-    torch._check(
-        x.dim() >= 2, lambda: f"x must have 2 or more dimensions (N, C, *); got {tuple(x.shape)}"
-    )
+    return new_like(x)

@@ -80,6 +80,12 @@ def check_same(name: str, t: Tensor, x: Tensor) -> None:
     )
 
 
+def check_dimensions(x: Tensor) -> None:
+    torch._check(
+        x.dim() >= 2, lambda: f"x must have 2 or more dimensions (N, C, *); got {tuple(x.shape)}"
+    )
+
+
 def check_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -89,9 +95,7 @@ def check_forward(
     running_var: Tensor | None,
     training: bool,
 ) -> None:
-    torch._check(
-        x.dim() >= 2, lambda: f"x must have 2 or more dimensions (N, C, *); got {tuple(x.shape)}"
-    )
+    check_dimensions(x)
     channel = {"weight": weight, "bias": bias}
     channel |= {"running_mean": running_mean, "running_var": running_var}
     for name, t in channel.items():
@@ -114,9 +118,7 @@ def check_backward(
     bias: Tensor | None,
     mask: Tensor | None,
 ) -> None:
-    torch._check(
-        x.dim() >= 2, lambda: f"x must have 2 or more dimensions (N, C, *); got {tuple(x.shape)}"
-    )
+    check_dimensions(x)
     check_same("grad", grad, x)
     channel = {"mean": mean, "invstd": invstd, "weight": weight, "bias": bias}
     for name, t in channel.items():

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from resnet_fast.layout import is_channels_last
 
-_storage_uses = torch._C._storage_Use_Count  # type: ignore[attr-defined]
-
 Counts = tuple[int, int, int]
 
 
 def _counts(grad: Tensor) -> Counts:
     uses: int = grad._use_count()  # type: ignore[attr-defined]
-    return sys.getrefcount(grad), uses, _storage_uses(grad.untyped_storage()._cdata)
+    of_storage = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+    return sys.getrefcount(grad), uses, of_storage(grad.untyped_storage()._cdata)
 
 
 class _Probe(torch.autograd.Function):
@@ -88,5 +87,7 @@ def may_overwrite(grad: Tensor, like: Tensor) -> bool:
         return False
     if not _alone:
         _alone.append(_measure())
+    if _alone[0] is None:  # these names are private: a PyTorch without them counts nothing
+        return False
     # A storage that cannot be resized lies in memory of somebody else's, an array's say.
     return _counts(grad) == _alone[0] and grad.untyped_storage().resizable()

@@ -40,6 +40,11 @@ def normalise(x: Tensor) -> tuple[Tensor, bool]:
     return x.contiguous(), False
 
 
+def new_like(x: Tensor) -> Tensor:
+    """An uninitialised output of x's shape, in the layout of normalise(x)."""
+    return torch.empty_like(x if is_channels_last(x) else x.contiguous())
+
+
 def memory_order(x: Tensor, channels_last: bool) -> Tensor:
     """The elements of a dense x as a 1-D view in the order they lie in memory."""
     return (x.movedim(1, -1) if channels_last else x).reshape(-1)

@@ -235,3 +235,15 @@ def test_not_where_the_counts_are_unknown(
     monkeypatch.setattr(_reuse, "_alone", [None])
     (norm(leaf()) * 2).sum().backward()
     assert overwrites == []
+
+
+def test_not_where_pytorch_cannot_count(
+    overwrites: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts are private names: without them the backward runs, into memory of its own."""
+    monkeypatch.setattr(_reuse, "_alone", [])
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    x = leaf()
+    (norm(x) * 2).sum().backward()
+    assert x.grad is not None
+    assert overwrites == []

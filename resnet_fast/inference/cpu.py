@@ -66,12 +66,9 @@ def let_malloc_keep() -> None:
 
 
 def make_conv(
-    spec: ConvSpec, values: Mapping[fx.Node, Any], dtype: torch.dtype, sizes: list[int] | None
+    spec: ConvSpec, values: Mapping[fx.Node, Any], dtype: torch.dtype
 ) -> tuple[Callable[..., Tensor], str, str]:
-    """(function of (x) or (x, residual), what runs, why not the fast one).
-
-    sizes: of the input in the example, for the choice of the packed layout.
-    """
+    """(function of (x) or (x, residual), what runs, why not the fast one)."""
     weight, bias = folded(spec, values)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)

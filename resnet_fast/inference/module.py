@@ -109,7 +109,7 @@ class OptimizedModule(nn.Module):
         rows: list[Row] = []
 
         def make_conv(spec: Any, constants: Any) -> Callable[..., Tensor]:
-            function, how, why = cpu.make_conv(spec, constants, self.compute, None)
+            function, how, why = cpu.make_conv(spec, constants, self.compute)
             rows.append(Row(spec.name, spec.label(), how, why))
             return function
 

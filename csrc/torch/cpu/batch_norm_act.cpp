@@ -39,13 +39,6 @@ Tensor channel_tensor(const Tensor& x, const Values& values, ScalarType type) {
   return t;
 }
 
-// weight * invstd from the *saved* statistics, so that forward and backward have the same bits.
-Values scale_of(const Values& invstd, const OptionalTensor& weight) {
-  Values scale = read_channel(weight, int64_t(invstd.size()), 1);
-  for (size_t c = 0; c < scale.size(); ++c) scale[c] *= invstd[c];
-  return scale;
-}
-
 const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 }  // namespace
@@ -113,8 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Values scale_values = scale_of(invstd_values, weight);
   const Coefficients centre(mean_values, in_double), scale(scale_values, in_double),
       shift(read_channel(bias, channels, 0), in_double);
-  const auto source = !relu ? cpu::MaskSource::kNone
-                            : (mask ? cpu::MaskSource::kBits : cpu::MaskSource::kRecompute);
+  const auto source = mask_source(relu, mask);
   const auto* bits = mask ? static_cast<const uint16_t*>(mask->const_data_ptr()) : nullptr;
 
   const auto none = [&] { return nothing(x, x.scalar_type()); };

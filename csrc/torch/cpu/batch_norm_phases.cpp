@@ -43,16 +43,14 @@ struct Backward {
     const bool channels_last = is_channels_last(x);
     const Tensor dense = to_layout(x, channels_last);
     const int64_t channels = x.size(1);
-    Values inverse = read_channel(invstd, channels, 0);
-    Values scale = read_channel(weight, channels, 1);
-    for (int64_t c = 0; c < channels; ++c) scale[c] *= inverse[c];
+    const Values inverse = read_channel(invstd, channels, 0);
     return {dtype,
             dense,
             to_layout(grad, channels_last),
             geometry_of(dense, channels_last),
             inverse,
             Coefficients(read_channel(mean, channels, 0), in_double),
-            Coefficients(scale, in_double),
+            Coefficients(scale_of(inverse, weight), in_double),
             Coefficients(read_channel(bias, channels, 0), in_double)};
   }
 };
@@ -78,8 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward_reduce(Tensor grad, T
                                                                   OptionalTensor mask, bool relu) {
   const Backward b = Backward::of("grad", grad, x, mean, invstd, weight, bias);
   if (mask) check_mask(*mask, x);
-  const auto source = !relu ? cpu::MaskSource::kNone
-                            : (mask ? cpu::MaskSource::kBits : cpu::MaskSource::kRecompute);
+  const auto source = mask_source(relu, mask);
   const auto* bits = mask ? static_cast<const uint16_t*>(mask->const_data_ptr()) : nullptr;
   Tensor masked = relu ? new_like(b.x) : nothing(x, x.scalar_type());
   Values sum(x.size(1)), dot(x.size(1));

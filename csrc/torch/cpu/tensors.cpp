@@ -119,6 +119,17 @@ void write_channel(const Tensor& t, const std::vector<double>& values) {
   });
 }
 
+std::vector<double> scale_of(const std::vector<double>& invstd, const OptionalTensor& weight) {
+  std::vector<double> scale = read_channel(weight, int64_t(invstd.size()), 1);
+  for (size_t c = 0; c < scale.size(); ++c) scale[c] *= invstd[c];
+  return scale;
+}
+
+cpu::MaskSource mask_source(bool relu, const OptionalTensor& mask) {
+  if (!relu) return cpu::MaskSource::kNone;
+  return mask ? cpu::MaskSource::kBits : cpu::MaskSource::kRecompute;
+}
+
 Coefficients::Coefficients(const std::vector<double>& values, bool in_double)
     : in_double_(in_double) {
   if (in_double) {

@@ -118,7 +118,7 @@ class _Weights:
     """The weights of one conv, packed for every input size that came.
 
     oneDNN chooses another layout for another batch or picture size, and weights in the wrong one
-    are reordered in each call, which can cost twenty times the conv. Sizes that want the same
+    are reordered in each call, which can cost many times the conv. Sizes that want the same
     layout share one copy.
     """
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast import _phases, _plain
+from resnet_fast import _conv, _phases, _plain
 from resnet_fast.layout import accumulate_dtype, mask_bytes, new_like, to_layout
 
 library = torch.library.Library("resnet_fast", "DEF")
@@ -35,6 +35,7 @@ SCHEMAS = (
     " Tensor? weight, Tensor? bias, Tensor? mask, bool training, bool relu, bool[4] output_mask)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     *_phases.SCHEMAS,
+    *_conv.SCHEMAS,
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -114,6 +115,8 @@ _PLAIN_AND_FAKE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         _phases.fake_reduce,
     ),
     "batch_norm_act_backward_apply": (_phases.batch_norm_act_backward_apply, _phases.fake_apply),
+    "conv_bias_act": (_conv.conv_bias_act, _conv.fake),
+    "conv_bias_act_": (_conv.conv_bias_act_, _conv.fake_),
     "batch_norm_act_backward_": (_plain.batch_norm_act_backward_, _fake_batch_norm_act_backward_),
 }
 

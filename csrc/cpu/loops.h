@@ -38,6 +38,13 @@ RF_INLINE void parallel_for(const Parallel& parallel, int64_t n, int64_t grain, 
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// A Parallel that stays in this thread.
+inline Parallel serial() {
+  return {1, [](int64_t n, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+            body(0, n, context);
+          }};
+}
+
 // Working memory of one call, aligned to a vector.
 template <class A>
 class Scratch {

@@ -65,7 +65,7 @@ struct Pack {
 template <class A>
 RF_INLINE Pack<A> broadcast(A value) {
   Pack<A> r;
-  RF_FOR_VECTORS(A) r.v[i] = typename Pack<A>::Vector{} + value;
+  RF_FOR_VECTORS(A) r.v[i] = value - typename Pack<A>::Vector{};  // value - 0 is value: no addition
   return r;
 }
 

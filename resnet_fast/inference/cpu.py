@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Convs on the CPU: oneDNN with pre-packed weights and fused bias, sum and ReLU.
+"""Convs on the CPU: our Winograd, or oneDNN with pre-packed weights and fused bias, sum and ReLU.
 
-The operators are those that PyTorch ships for torch.compile. They are private: where one is missing
+oneDNN's operators are those that PyTorch ships for torch.compile. They are private: where one is missing
 or refuses the weights, F.conv2d runs, followed by the sum and the ReLU in place.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from resnet_fast.inference.fold import ConvSpec, folded
+from resnet_fast.inference import winograd
+from resnet_fast.inference.fold import MAX_SIZES, ConvSpec, folded
 
 PACKED, PLAIN = "oneDNN, packed", "F.conv2d"
-# Input sizes to remember for one conv; the copies are as many as there are layouts, two or three.
-MAX_SIZES = 256
+WINOGRAD = "Winograd, or oneDNN for small maps"
 
 
 def compute_dtype(dtype: torch.dtype) -> tuple[torch.dtype, str]:
@@ -73,6 +74,10 @@ def make_conv(
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     why = why_not_packed(dtype)
+    if winograd.suits(spec, weight):
+        other = _plain if why else _packed
+        direct = functools.partial(other, spec, weight, bias)
+        return winograd.make_conv(spec, weight, bias, direct), WINOGRAD, ""
     if not why:
         try:
             return _packed(spec, weight, bias), PACKED, ""

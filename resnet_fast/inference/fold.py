@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+# Input sizes to remember for one conv; the copies are as many as there are layouts, two or three.
+MAX_SIZES = 256
+
 
 @dataclass(eq=False)
 class Norm:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from resnet_fast.dispatch import logger
 from resnet_fast.inference import cpu
 from resnet_fast.inference.batches import pieces, samplewise
+from resnet_fast.inference.fold import MAX_SIZES
 from resnet_fast.inference.fuse import fuse, fused_conv, module_name
 from resnet_fast.inference.program import compile_graph, evaluate_constants
 from resnet_fast.inference.table import Row, Table
@@ -185,7 +186,7 @@ class _Call:
         sizes = self._seen.get(key)
         if sizes is None:
             sizes = self._admit(leaves)
-            if len(self._seen) >= cpu.MAX_SIZES:
+            if len(self._seen) >= MAX_SIZES:
                 self._seen.clear()
             self._seen[key] = sizes
         if sizes:

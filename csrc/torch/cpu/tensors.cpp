@@ -57,9 +57,10 @@ void for_channel_dtype(const Tensor& t, const Visit& visit) {
 
 }  // namespace
 
-const cpu::Parallel& torch_threads() {
-  static const cpu::Parallel parallel{run_parallel};
-  return parallel;
+cpu::Parallel torch_threads() {
+  uint32_t threads = 1;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  return {int64_t(threads), run_parallel};
 }
 
 cpu::DType dtype_of(const Tensor& x, const char* name) {

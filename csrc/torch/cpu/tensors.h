@@ -8,7 +8,7 @@
 namespace resnet_fast {
 
 // PyTorch's own threads.
-const cpu::Parallel& torch_threads();
+cpu::Parallel torch_threads();
 
 cpu::DType dtype_of(const Tensor& x, const char* name);
 cpu::Geometry geometry_of(const Tensor& x, bool channels_last);
@@ -58,5 +58,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward_reduce(Tensor grad, T
                                                                   OptionalTensor mask, bool relu);
 Tensor batch_norm_act_backward_apply(Tensor masked, Tensor x, Tensor mean, Tensor invstd,
                                      OptionalTensor weight, Tensor sum, Tensor dot, double count);
+// Convolutions of packed weights (resnet_fast/_conv.py), the CPU's alone.
+Tensor conv_bias_act(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual,
+                     std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t tile,
+                     bool relu);
+void conv_bias_act_(Tensor residual, Tensor x, Tensor weight, Tensor bias,
+                    std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t tile,
+                    bool relu);
 
 }  // namespace resnet_fast

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which 3x3 convs run by Winograd's minimal filtering, with which tiles, and their packed weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from resnet_fast import _conv, env
+from resnet_fast.inference.fold import MAX_SIZES, ConvSpec
+
+# What fetching a weight from memory costs, in multiplications by it: the terms of choose_tile that
+# keep a conv of few pixels from the larger, transformed weights.
+FETCH = 22
+
+
+def suits(spec: ConvSpec, weight: Tensor) -> bool:
+    """Whether our operator computes this conv: 3x3, stride 1, channels in sixteens, float32."""
+    return (
+        weight.dtype is torch.float32
+        and tuple(weight.shape[2:]) == (3, 3)
+        and spec.groups == 1
+        and list(spec.stride) == [1, 1] == list(spec.dilation)
+        and not isinstance(spec.padding, str)
+        and weight.shape[0] % 16 == 0 == weight.shape[1] % 16
+        and env.is_available("cpu")
+    )
+
+
+def choose_tile(size: Sequence[int], padding: Sequence[int]) -> int:
+    """Outputs a side of a tile, 4 or 2, for inputs (N, C, H, W); 0 where a direct conv is cheaper.
+
+    Counted: multiplications, tiles that hang over the edge included, and the weights' way from
+    memory. Tiles of 4 must save a good part, as their weights take more than twice the memory.
+    """
+    n, height, width = size[0], size[2] + 2 * padding[0] - 2, size[3] + 2 * padding[1] - 2
+
+    def cost(tile: int) -> int:
+        tiles = n * -(-height // tile) * -(-width // tile)
+        return (tile + 2) ** 2 * (tiles + FETCH)
+
+    best = 4 if cost(4) < 0.77 * cost(2) else 2
+    return best if cost(best) < 9 * (n * height * width + FETCH) else 0
+
+
+def make_conv(
+    spec: ConvSpec,
+    weight: Tensor,
+    bias: Tensor | None,
+    direct: Callable[[], Callable[..., Tensor]],
+) -> Callable[..., Tensor]:
+    """The function of (x) or (x, residual); direct: makes the one for sizes that do not suit."""
+    packed = _Tiles(weight, spec, direct)
+    known, look_up, relu = packed.known.get, packed.look_up, spec.relu
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    rest = ([3, 3], spec.stride, spec.padding, spec.dilation)
+    fresh = torch.ops.resnet_fast.conv_bias_act.default
+    onto = torch.ops.resnet_fast.conv_bias_act_.default
+
+    def conv(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        tile, w, other = known(x.shape) or look_up(x.shape)
+        if other is not None:
+            return other(x) if residual is None else other(x, residual)
+        result: Tensor = fresh(x, w, bias, residual, *rest, tile, relu)
+        return result
+
+    def conv_onto(x: Tensor, residual: Tensor) -> Tensor:
+        tile, w, other = known(x.shape) or look_up(x.shape)
+        if other is not None:
+            return other(x, residual)
+        onto(residual, x, w, bias, *rest, tile, relu)
+        return residual
+
+    return conv_onto if spec.inplace else conv
+
+
+class _Tiles:
+    """For every input size that came: (tile, packed weights, None) or (0, None, direct conv)."""
+
+    def __init__(
+        self, weight: Tensor, spec: ConvSpec, direct: Callable[[], Callable[..., Tensor]]
+    ) -> None:
+        self.known: dict[torch.Size, tuple[int, Tensor | None, Callable[..., Tensor] | None]] = {}
+        self._weight, self._padding, self._direct = weight, spec.padding, direct
+        self._made: dict[int, tuple[int, Tensor | None, Callable[..., Tensor] | None]] = {}
+        self._lock = threading.Lock()
+
+    def look_up(
+        self, size: torch.Size
+    ) -> tuple[int, Tensor | None, Callable[..., Tensor] | None]:
+        with self._lock:
+            tile = choose_tile(size, self._padding)
+            if tile not in self._made:
+                self._made[tile] = (
+                    (tile, _conv.pack(self._weight, tile), None)
+                    if tile
+                    else (0, None, self._direct())
+                )
+            if len(self.known) >= MAX_SIZES:
+                self.known.clear()
+            self.known[size] = self._made[tile]
+            return self._made[tile]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Convolution with bias, residual and ReLU as a raw operator, its weights packed beforehand.
+"""Convolutions with bias, residual and ReLU as raw operators, their weights packed beforehand.
 
-Float32, channels-last. ``tile`` says how: 0 is the plain sum of products, 2 and 4 are Winograd's
-minimal filtering (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", 2016) with
-tiles of that many outputs a side, for 3x3 kernels with stride 1. For inference: no gradients.
+Float32, channels-last, for inference: no gradients. conv_winograd: 3x3 with stride 1 by Winograd's
+minimal filtering (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", 2016).
+conv_stem: few input channels, with the max-pooling behind it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SETTINGS = "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int tile, bool relu"
 SCHEMAS = (
-    # weight: what pack() makes. bias: (C_out,), C_out a multiple of 16.
-    f"conv_bias_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, {_SETTINGS}) -> Tensor",
+    # weight: what pack_winograd makes. bias: (C_out,), C_in and C_out multiples of 16. tile: outputs
+    # a side of a tile, 2 or 4.
+    "conv_winograd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[2] padding, int tile,"
+    " bool relu) -> Tensor",
     # The same, written over residual.
-    f"conv_bias_act_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor bias, {_SETTINGS}) -> ()",
+    "conv_winograd_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor bias, int[2] padding,"
+    " int tile, bool relu) -> ()",
+    # weight: what pack makes. max_pool: of 3x3, stride 2, padding 1.
+    "conv_stem(Tensor x, Tensor weight, Tensor bias, int[2] kernel, int[2] stride, int[2] padding,"
+    " bool relu, bool max_pool) -> Tensor",
 )
 PANEL = 32  # output channels side by side in packed weights
 # Where the polynomials are evaluated; infinity is the last point. See csrc/cpu/conv_winograd.cpp.
@@ -42,88 +47,118 @@ def filter_transform(tile: int) -> Tensor:
     return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
 
 
-def pack(weight: Tensor, tile: int) -> Tensor:
-    """weight (C_out, C_in, kH, kW) as the operators want it, transformed in float64, in float32.
+def pack(weight: Tensor) -> Tensor:
+    """weight (C_out, C_in, kH, kW) as conv_stem wants it: (panels, kH kW C_in, 32), float32."""
+    return _panels(weight.permute(2, 3, 1, 0).reshape(1, -1, len(weight)))[0]
 
-    tile 0: (panels, kH kW C_in, 32); 2 and 4: (points, panels, C_in, 32); zeros behind C_out.
+
+def pack_winograd(weight: Tensor, tile: int) -> Tensor:
+    """weight (C_out, C_in, 3, 3) at the points: (points, panels, C_in, 32), float32.
+
+    Transformed in float64, rounded once.
     """
-    out, inner = weight.shape[:2]
-    taps = weight.double().permute(2, 3, 1, 0).reshape(-1, inner * out)
-    if tile:
-        g = filter_transform(tile)
-        taps = torch.kron(g, g) @ taps
-    else:
-        taps = taps.reshape(1, -1)
-    matrices = taps.float().reshape(taps.size(0), -1, out)
-    matrices = F.pad(matrices, (0, -out % PANEL))
-    panels = matrices.unflatten(2, (-1, PANEL)).transpose(1, 2).contiguous()
-    return panels if tile else panels[0]
+    g = filter_transform(tile)
+    taps = weight.double().permute(2, 3, 1, 0).reshape(9, -1)
+    return _panels((torch.kron(g, g) @ taps).reshape(-1, weight.size(1), len(weight)))
 
 
-def unpack(packed: Tensor, channels: int, kernel: list[int], tile: int) -> Tensor:
-    """The weight (channels, C_in, kH, kW) in float64 that pack() made this of."""
-    matrices = packed.double() if tile else packed.double()[None]
-    matrices = matrices.transpose(1, 2).flatten(2)[..., :channels]
-    if tile:
-        g = torch.linalg.pinv(filter_transform(tile))
-        taps = torch.kron(g, g) @ matrices.flatten(1)
-    else:
-        taps = matrices
-    return taps.reshape(kernel[0], kernel[1], -1, channels).permute(3, 2, 0, 1)
+def _panels(matrices: Tensor) -> Tensor:
+    """(matrices, K, C_out) -> (matrices, panels, K, 32), zeros behind C_out."""
+    matrices = F.pad(matrices.float(), (0, -matrices.size(2) % PANEL))
+    return matrices.unflatten(2, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def _matrices(panels: Tensor, channels: int) -> Tensor:
+    """What _panels made this of, in float64."""
+    return panels.double().transpose(1, 2).flatten(2)[..., :channels]
 
 
 # ---- plain ---------------------------------------------------------------------------------------
-def conv_bias_act(
+def conv_winograd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
-    kernel: list[int],
-    stride: list[int],
     padding: list[int],
-    dilation: list[int],
     tile: int,
     relu: bool,
 ) -> Tensor:
-    """act(conv(x) + bias [+ residual]), of F.conv2d; the result is channels-last."""
-    unpacked = unpack(weight, bias.numel(), kernel, tile).to(x.dtype)
-    y = F.conv2d(x, unpacked, bias, stride, padding, dilation)
+    """act(conv(x) + bias [+ residual]), by F.conv2d with the filter that was packed."""
+    g = torch.linalg.pinv(filter_transform(tile))
+    matrices = _matrices(weight, bias.numel())
+    taps = torch.kron(g, g) @ matrices.flatten(1)
+    filters = taps.reshape(3, 3, -1, bias.numel()).permute(3, 2, 0, 1)
+    y = F.conv2d(x, filters.to(x.dtype), bias, padding=padding)
     if residual is not None:
         y = y + residual
     return _rows(y.relu() if relu else y)
 
 
-def conv_bias_act_(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *settings: object
-) -> None:
-    residual.copy_(conv_bias_act(x, weight, bias, residual, *settings))  # type: ignore[arg-type]
-
-
-# ---- fakes ---------------------------------------------------------------------------------------
-def fake(
+def conv_winograd_(
+    residual: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    residual: Tensor | None,
+    padding: list[int],
+    tile: int,
+    relu: bool,
+) -> None:
+    residual.copy_(conv_winograd(x, weight, bias, residual, padding, tile, relu))
+
+
+def conv_stem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     kernel: list[int],
     stride: list[int],
     padding: list[int],
-    dilation: list[int],
-    tile: int,
     relu: bool,
+    max_pool: bool,
 ) -> Tensor:
-    torch._check(x.dim() == 4, lambda: f"x must have 4 dimensions; got {tuple(x.shape)}")
-    height, width = (
-        (x.size(d + 2) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    )
-    return x.new_empty(x.size(0), height, width, bias.numel()).permute(0, 3, 1, 2)
-
-
-def fake_(residual: Tensor, *args: object) -> None:
-    return None
+    """act(conv(x) + bias), then pooled if wanted."""
+    taps = _matrices(weight[None], bias.numel()).reshape(*kernel, x.size(1), -1)
+    y = F.conv2d(x, taps.permute(3, 2, 0, 1).to(x.dtype), bias, stride, padding)
+    y = y.relu() if relu else y
+    return _rows(F.max_pool2d(y, 3, 2, 1) if max_pool else y)
 
 
 def _rows(y: Tensor) -> Tensor:
     """With channels-last strides, also where a size of one leaves PyTorch the choice."""
     return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+# ---- fakes ---------------------------------------------------------------------------------------
+def fake_winograd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    padding: list[int],
+    tile: int,
+    relu: bool,
+) -> Tensor:
+    return _new(x, bias, [s + 2 * p - 2 for s, p in zip(x.shape[2:], padding, strict=True)])
+
+
+def fake_winograd_(residual: Tensor, *args: object) -> None:
+    return None
+
+
+def fake_stem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    relu: bool,
+    max_pool: bool,
+) -> Tensor:
+    size = [(x.size(d + 2) + 2 * padding[d] - kernel[d]) // stride[d] + 1 for d in (0, 1)]
+    return _new(x, bias, [(s - 1) // 2 + 1 for s in size] if max_pool else size)
+
+
+def _new(x: Tensor, bias: Tensor, size: list[int]) -> Tensor:
+    torch._check(x.dim() == 4, lambda: f"x must have 4 dimensions; got {tuple(x.shape)}")
+    return x.new_empty(x.size(0), *size, bias.numel()).permute(0, 3, 1, 2)

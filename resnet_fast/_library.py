@@ -115,8 +115,9 @@ _PLAIN_AND_FAKE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         _phases.fake_reduce,
     ),
     "batch_norm_act_backward_apply": (_phases.batch_norm_act_backward_apply, _phases.fake_apply),
-    "conv_bias_act": (_conv.conv_bias_act, _conv.fake),
-    "conv_bias_act_": (_conv.conv_bias_act_, _conv.fake_),
+    "conv_winograd": (_conv.conv_winograd, _conv.fake_winograd),
+    "conv_winograd_": (_conv.conv_winograd_, _conv.fake_winograd_),
+    "conv_stem": (_conv.conv_stem, _conv.fake_stem),
     "batch_norm_act_backward_": (_plain.batch_norm_act_backward_, _fake_batch_norm_act_backward_),
 }
 

@@ -27,7 +27,7 @@ INSTRUCTION_SETS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
-CPU_KERNELS = ("add_relu", "bn_apply", "bn_backward", "bn_stats", "conv_direct", "conv_winograd", "table")
+CPU_KERNELS = ("add_relu", "bn_apply", "bn_backward", "bn_stats", "conv_stem", "conv_winograd", "table")
 LAUNCHERS = ("add_relu", "bn_apply", "bn_backward", "bn_stats")
 EMULATOR = ("emulator", "fiber", "access_log")
 TORCH_GPU_SOURCES = ("common", "gpu/tensors", "gpu/add_relu", "gpu/batch_norm_act", "gpu/register")
@@ -37,7 +37,7 @@ TORCH_SOURCES = (
     "cpu/add_relu",
     "cpu/batch_norm_act",
     "cpu/batch_norm_phases",
-    "cpu/conv_bias_act",
+    "cpu/conv",
     "cpu/register",
 )
 

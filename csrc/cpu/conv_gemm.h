@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The matrix product inside the convolutions: rows of pixels times a panel of 32 output channels.
 //
-// A lies in chunks of 64 columns, [chunk][row][64], so that the rows of a tile are a fixed 256
-// bytes apart, whatever K is: no power-of-two stride that would evict itself from the first cache.
+// A's rows lie a fixed stride apart; a stride that is a large power of two would make the rows of a
+// tile evict each other from the first cache, so gathered rows are padded (padded_row).
 // B lies in panels of 32 columns, [k][32], zero-filled past the last channel.
 #pragma once
 
@@ -10,9 +10,8 @@
 
 namespace resnet_fast::cpu::RF_ISA {
 
-constexpr int kChunk = 64;
 constexpr int kPanel = 32;
-constexpr int kPrefetch = 12;  // rows of a panel ahead
+constexpr int kPrefetch = 24;  // rows of a panel ahead
 
 // Rows and packs of a tile: its accumulators fill the registers but for those of B and a broadcast.
 #if defined(__AVX512F__)
@@ -25,79 +24,158 @@ constexpr int kTileRows = 6, kTilePacks = 1;
 constexpr int kTileRows = 2, kTilePacks = 1;
 #endif
 
-// acc += A[0..Rows) * B, over K.
-template <int Rows, int Packs>
-RF_INLINE void multiply(const float* a, int64_t chunk_stride, const float* b, int64_t depth,
-                        Pack<float> (&acc)[Rows][Packs]) {
-  for (; depth > 0; depth -= kChunk, a += chunk_stride) {
-    const int64_t length = minimum(depth, kChunk);
-    for (int64_t k = 0; k < length; ++k, b += kPanel) {
-      Pack<float> columns[Packs];
-      // Weights come from memory or the last cache, in order; past the last panel this does nothing.
+// A row of `segments` runs of `depth` values; the runs of a row lie segment_stride apart.
+struct Rows {
+  const float* first;
+  int64_t row_stride;
+  int64_t depth;
+  int64_t segments = 1, segment_stride = 0;
+  bool cold = false;  // in memory rather than in a cache: fetched a tile ahead
+};
+
+// The stride for rows of n values that are written for the product alone.
+RF_INLINE int64_t padded_row(int64_t n) { return ceil_div(n, kLanes) * kLanes + kLanes; }
+
+// Three rows to a pointer: addresses p, p + stride and p + 2 stride need no register of their own.
+template <int Height>
+struct RowPointers {
+  static constexpr int kPointers = (Height + 2) / 3;
+  const char* at[kPointers];
+  int64_t stride;  // in bytes
+
+  RF_INLINE RowPointers(const float* a, int64_t row_stride) : stride(row_stride * 4) {
+    for (int i = 0; i < kPointers; ++i) at[i] = reinterpret_cast<const char*>(a) + 3 * i * stride;
+  }
+  RF_INLINE float row(int i, int k) const {
+    float value;
+    std::memcpy(&value, at[i / 3] + i % 3 * stride + k * sizeof(float), sizeof value);
+    return value;
+  }
+  RF_INLINE void advance(int k) {
+#pragma GCC unroll 5
+    for (int i = 0; i < kPointers; ++i) {
+      at[i] += k * sizeof(float);
+      // Keeps the compiler from making a pointer of every row and running out of registers.
+      asm("" : "+r"(at[i]));
+    }
+  }
+};
+
+// Both lines of a panel's row, to be read or written.
+RF_INLINE void fetch_panel(const float* p, bool write) {
 #pragma GCC unroll 2
-      for (int j = 0; j < Packs; ++j) {
-        __builtin_prefetch(b + kPrefetch * kPanel + j * kLanes);
-      }
-#pragma GCC unroll 2
-      for (int j = 0; j < Packs; ++j) columns[j] = load(b + j * kLanes);
-#pragma GCC unroll 14
-      for (int i = 0; i < Rows; ++i) {
-        const Pack<float> value = broadcast(a[i * kChunk + k]);
-#pragma GCC unroll 2
-        for (int j = 0; j < Packs; ++j) acc[i][j] = fma(value, columns[j], acc[i][j]);
-      }
+  for (int j = 0; j < kPanel; j += kLanes) {
+    if (write) {
+      __builtin_prefetch(p + j, 1);
+    } else {
+      __builtin_prefetch(p + j, 0);
     }
   }
 }
 
-template <int Rows, int Packs, class Out>
-void tile(const float* a, int64_t chunk_stride, const float* b, int64_t depth, int64_t row,
-          int64_t column, const Out& out) {
-  Pack<float> acc[Rows][Packs];
+// acc += A[0..Height) * B, over Steps values of each row.
+template <int Steps, int Height, int Packs>
+RF_INLINE void multiply_steps(RowPointers<Height>& rows, const float*& b,
+                              Pack<float> (&acc)[Height][Packs]) {
+#pragma GCC unroll 4
+  for (int k = 0; k < Steps; ++k) {
+    Pack<float> columns[Packs];
+    // Weights come from memory or the last cache, in order; past the last panel this does nothing.
+#pragma GCC unroll 2
+    for (int j = 0; j < Packs; ++j) {
+      __builtin_prefetch(b + (k + kPrefetch) * kPanel + j * kLanes);
+      columns[j] = load(b + k * kPanel + j * kLanes);
+    }
 #pragma GCC unroll 14
-  for (int i = 0; i < Rows; ++i) {
+    for (int i = 0; i < Height; ++i) {
+      const Pack<float> value = broadcast(rows.row(i, k));
+#pragma GCC unroll 2
+      for (int j = 0; j < Packs; ++j) acc[i][j] = fma(value, columns[j], acc[i][j]);
+    }
+  }
+  b += Steps * kPanel;
+  rows.advance(Steps);
+}
+
+// The same over one run of `depth` values.
+template <int Height, int Packs, bool Ahead>
+RF_INLINE void multiply(const float* a, int64_t stride, const float* b, int64_t depth,
+                        Pack<float> (&acc)[Height][Packs]) {
+  RowPointers<Height> rows(a, stride);
+  int64_t left = depth;
+  while (left >= 4) {
+    if constexpr (Ahead) {
+      for (int i = 0; i < Height; ++i) {
+        __builtin_prefetch(a + (Height + i) * stride + depth - left);
+      }
+    }
+    for (int64_t end = maximum(left - kLanes, left % 4); left > end; left -= 4) {
+      multiply_steps<4>(rows, b, acc);
+    }
+  }
+  for (; left > 0; --left) multiply_steps<1>(rows, b, acc);
+}
+
+template <int Height, int Packs, class Out>
+void tile(const Rows& a, int64_t row, const float* b, int64_t column, bool ahead, const Out& out) {
+  Pack<float> acc[Height][Packs];
+#pragma GCC unroll 14
+  for (int i = 0; i < Height; ++i) {
+    out.fetch(row + i, column);
 #pragma GCC unroll 2
     for (int j = 0; j < Packs; ++j) acc[i][j] = broadcast(0.0f);
   }
-  multiply<Rows, Packs>(a, chunk_stride, b, depth, acc);
+  const float* from = a.first + row * a.row_stride;
+  for (int64_t s = 0; s < a.segments; ++s) {
+    if (ahead) {
+      multiply<Height, Packs, true>(from, a.row_stride, b, a.depth, acc);
+    } else {
+      multiply<Height, Packs, false>(from, a.row_stride, b, a.depth, acc);
+    }
+    from += a.segment_stride;
+    b += a.depth * kPanel;
+  }
 #pragma GCC unroll 14
-  for (int i = 0; i < Rows; ++i) {
+  for (int i = 0; i < Height; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < Packs; ++j) out(row + i, column + j * kLanes, acc[i][j]);
   }
 }
 
-// tile<> of `rows` rows, 1 to Rows.
-template <int Rows, int Packs, class Out>
-RF_INLINE void tile_of(int rows, const float* a, int64_t chunk_stride, const float* b,
-                       int64_t depth, int64_t row, int64_t column, const Out& out) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) {
-      return tile_of<Rows - 1, Packs>(rows, a, chunk_stride, b, depth, row, column, out);
+// tile<> of `height` rows, 1 to Height.
+template <int Height, int Packs, class Out>
+RF_INLINE void tile_of(int height, const Rows& a, int64_t row, const float* b, int64_t column,
+                       bool ahead, const Out& out) {
+  if constexpr (Height > 1) {
+    if (height < Height) {
+      return tile_of<Height - 1, Packs>(height, a, row, b, column, ahead, out);
     }
   }
-  tile<Rows, Packs>(a, chunk_stride, b, depth, row, column, out);
+  tile<Height, Packs>(a, row, b, column, ahead, out);
 }
 
-// out(row, column, pack) for every row and every 16 columns of A (rows, depth) times the panels
-// [first, last) of B; columns: how many there are, a multiple of 16.
+// Out: out.fetch(row, column) before a tile's row is computed, so that its lines are there when
+// out(row, column, pack) takes every 16 columns of it.
+//
+// Out is called for every row and every 16 columns of the first `rows` of A times the
+// panels [first, last) of B; columns: how many there are, a multiple of 16.
 template <class Out>
-void gemm(const float* a, int64_t rows, int64_t chunk_stride, const float* b, int64_t depth,
-          int64_t first, int64_t last, int64_t columns, const Out& out) {
+void gemm(const Rows& a, int64_t rows, const float* b, int64_t first, int64_t last, int64_t columns,
+          const Out& out) {
   const int64_t tiles = ceil_div(rows, kTileRows);
   for (int64_t p = first; p < last; ++p) {
-    const float* panel = b + p * depth * kPanel;
+    const float* panel = b + p * a.segments * a.depth * kPanel;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = t * rows / tiles;
       const int height = int((t + 1) * rows / tiles - row);
+      const bool ahead = a.cold && p == first && t + 1 < tiles;
       for (int64_t c = p * kPanel; c < minimum((p + 1) * kPanel, columns);
            c += kTilePacks * kLanes) {
         const float* part = panel + c - p * kPanel;
         if (kTilePacks > 1 && c + kLanes >= columns) {
-          tile_of<kTileRows, 1>(height, a + row * kChunk, chunk_stride, part, depth, row, c, out);
+          tile_of<kTileRows, 1>(height, a, row, part, c, ahead, out);
         } else {
-          tile_of<kTileRows, kTilePacks>(height, a + row * kChunk, chunk_stride, part, depth, row,
-                                         c, out);
+          tile_of<kTileRows, kTilePacks>(height, a, row, part, c, ahead, out);
         }
       }
     }
@@ -115,6 +193,23 @@ struct ConvEpilogue {
     Pack<float> v = sum + load(bias + channel);
     if (residual) v = v + load(residual + offset);
     store(y + offset, relu ? resnet_fast::cpu::RF_ISA::relu(v) : v);
+  }
+  RF_INLINE void fetch(int64_t offset) const {
+    fetch_panel(y + offset, true);
+    if (residual && residual != y) fetch_panel(residual + offset, false);
+  }
+};
+
+// The rows of a product as output pixels.
+struct PixelOut {
+  const ConvEpilogue& epilogue;
+  int64_t first, channels;
+
+  RF_INLINE void fetch(int64_t row, int64_t column) const {
+    epilogue.fetch((first + row) * channels + column);
+  }
+  RF_INLINE void operator()(int64_t row, int64_t column, const Pack<float>& sum) const {
+    epilogue((first + row) * channels + column, column, sum);
   }
 };
 

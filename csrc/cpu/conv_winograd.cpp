@@ -59,12 +59,18 @@ struct Tiling {
   int64_t down, across, count;
   Tiling(const ConvParams& p, int m)
       : down(ceil_div(p.out_h, m)), across(ceil_div(p.out_w, m)), count(p.n * down * across) {}
+  struct Place {
+    int64_t n, i, j;
+  };
+  Place place(int64_t tile) const {
+    return {tile / (across * down), tile / across % down, tile % across};
+  }
 };
 
 // Transformed inputs and products of the tiles [first, last).
 struct Block {
   int64_t first, last;
-  float* inputs;                         // [point][chunk][tile][64]
+  float* inputs;                         // [point][tile][C_in, padded]
   float* products;                       // [point][tile][C_out]
   int64_t input_stride, product_stride;  // of a point: no power of two, see conv_gemm.h
   int64_t tiles() const { return last - first; }
@@ -72,66 +78,94 @@ struct Block {
 
 int64_t padded_stride(int64_t floats) { return ceil_div(floats, 1024) * 1024 + 5 * kLanes; }
 
-// Loads 16 channels of an input tile whose corner is (top, left), zeros outside the picture.
+// An input tile: in the picture, or copied with the zeros around it where it crosses the edge.
 template <class T>
-RF_INLINE void load_tile(const ConvParams& p, const float* picture, int64_t top, int64_t left,
-                         Pack<float> (&d)[T::kIn][T::kIn]) {
-  const bool inside = top >= 0 && left >= 0 && top + T::kIn <= p.in_h && left + T::kIn <= p.in_w;
-  for (int r = 0; r < T::kIn; ++r) {
-    const float* line = picture + ((top + r) * p.in_w + left) * p.in_c;
-    if (inside) {
-#pragma GCC unroll 6
-      for (int s = 0; s < T::kIn; ++s) d[r][s] = load(line + s * p.in_c);
-      continue;
+class InputTile {
+ public:
+  InputTile(const ConvParams& p, const float* picture, int64_t top, int64_t left)
+      : p_(p),
+        corner_(picture + (top * p.in_w + left) * p.in_c),
+        top_(top),
+        left_(left),
+        inside_(top >= 0 && left >= 0 && top + T::kIn <= p.in_h && left + T::kIn <= p.in_w) {}
+
+  // The transform of 16 channels, each point `stride` after the one before.
+  void transform(int64_t c, float* out, int64_t stride) const {
+    if (inside_) {
+      return transform(corner_ + c, p_.in_w * p_.in_c, p_.in_c, out, stride);
     }
-    const bool row_inside = top + r >= 0 && top + r < p.in_h;
+    alignas(64) float copy[T::kIn * T::kIn * kLanes];
+    for (int r = 0; r < T::kIn; ++r) {
+      for (int s = 0; s < T::kIn; ++s) {
+        const bool there =
+            top_ + r >= 0 && top_ + r < p_.in_h && left_ + s >= 0 && left_ + s < p_.in_w;
+        store(copy + (r * T::kIn + s) * kLanes,
+              there ? load(corner_ + (r * p_.in_w + s) * p_.in_c + c) : broadcast(0.0f));
+      }
+    }
+    transform(copy, T::kIn * kLanes, kLanes, out, stride);
+  }
+
+ private:
+  static void transform(const float* from, int64_t line, int64_t pixel, float* out,
+                        int64_t stride) {
+    Pack<float> columns[T::kIn][T::kIn];
+#pragma GCC unroll 6
     for (int s = 0; s < T::kIn; ++s) {
-      const bool there = row_inside && left + s >= 0 && left + s < p.in_w;
-      d[r][s] = there ? load(line + s * p.in_c) : broadcast(0.0f);
+      Pack<float> in[T::kIn], t[T::kIn];
+#pragma GCC unroll 6
+      for (int r = 0; r < T::kIn; ++r) in[r] = load(from + r * line + s * pixel);
+      T::input(in, t);
+#pragma GCC unroll 6
+      for (int r = 0; r < T::kIn; ++r) columns[r][s] = t[r];
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < T::kIn; ++r) {
+      Pack<float> t[T::kIn];
+      T::input(columns[r], t);
+#pragma GCC unroll 6
+      for (int s = 0; s < T::kIn; ++s) store(out + (r * T::kIn + s) * stride, t[s]);
     }
   }
-}
+
+  const ConvParams& p_;
+  const float* corner_;
+  int64_t top_, left_;
+  bool inside_;
+};
 
 template <class T>
-void transform_tile(const ConvParams& p, const float* picture, int64_t top, int64_t left,
-                    float* out, int64_t stride) {
-  Pack<float> d[T::kIn][T::kIn], columns[T::kIn][T::kIn];
-  load_tile<T>(p, picture, top, left, d);
-#pragma GCC unroll 6
-  for (int s = 0; s < T::kIn; ++s) {
-    Pack<float> in[T::kIn], t[T::kIn];
-#pragma GCC unroll 6
-    for (int r = 0; r < T::kIn; ++r) in[r] = d[r][s];
-    T::input(in, t);
-#pragma GCC unroll 6
-    for (int r = 0; r < T::kIn; ++r) columns[r][s] = t[r];
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < T::kIn; ++r) {
-    Pack<float> t[T::kIn];
-    T::input(columns[r], t);
-#pragma GCC unroll 6
-    for (int s = 0; s < T::kIn; ++s) store(out + (r * T::kIn + s) * stride, t[s]);
-  }
+InputTile<T> input_tile(const ConvParams& p, const Tiling& tiling, int64_t tile) {
+  const Tiling::Place at = tiling.place(tile);
+  return {p, p.x + at.n * p.in_h * p.in_w * p.in_c, at.i * T::kOut - p.pad_h,
+          at.j * T::kOut - p.pad_w};
 }
 
 template <class T>
 void transform_inputs(const ConvParams& p, const Tiling& tiling, const Block& block,
                       const Parallel& parallel) {
+  const int64_t row_stride = padded_row(p.in_c);
   parallel_for(parallel, block.tiles(), 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t tile = block.first + t, j = tile % tiling.across;
-      const int64_t i = tile / tiling.across % tiling.down;
-      const int64_t n = tile / (tiling.across * tiling.down);
-      const float* picture = p.x + n * p.in_h * p.in_w * p.in_c;
+      const InputTile<T> tile = input_tile<T>(p, tiling, block.first + t);
       for (int64_t c = 0; c < p.in_c; c += kLanes) {
-        float* out = block.inputs + (c / kChunk * block.tiles() + t) * kChunk + c % kChunk;
-        transform_tile<T>(p, picture + c, i * T::kOut - p.pad_h, j * T::kOut - p.pad_w, out,
-                          block.input_stride);
+        tile.transform(c, block.inputs + t * row_stride + c, block.input_stride);
       }
     }
   });
 }
+
+struct ProductOut {
+  float* products;
+  int64_t channels;
+
+  RF_INLINE void fetch(int64_t row, int64_t column) const {
+    fetch_panel(products + row * channels + column, true);
+  }
+  RF_INLINE void operator()(int64_t row, int64_t column, const Pack<float>& sum) const {
+    store(products + row * channels + column, sum);
+  }
+};
 
 // The products of all points, each a matrix product of tiles and channels.
 template <class T>
@@ -140,10 +174,8 @@ void multiply_points(const ConvParams& p, const Block& block, const Parallel& pa
   parallel_for(parallel, T::kIn * T::kIn, 1, [&](int64_t begin, int64_t end) {
     for (int64_t point = begin; point < end; ++point) {
       float* out = block.products + point * block.product_stride;
-      gemm(block.inputs + point * block.input_stride, block.tiles(), block.tiles() * kChunk,
-           p.weight + point * weights, p.in_c, 0, panels, p.out_c,
-           [&](int64_t row, int64_t c, const Pack<float>& sum)
-               __attribute__((always_inline)) { store(out + row * p.out_c + c, sum); });
+      gemm(Rows{block.inputs + point * block.input_stride, padded_row(p.in_c), p.in_c},
+           block.tiles(), p.weight + point * weights, 0, panels, p.out_c, ProductOut{out, p.out_c});
     }
   });
 }
@@ -176,13 +208,11 @@ void transform_outputs(const ConvParams& p, const Tiling& tiling, const Block& b
   const ConvEpilogue epilogue{p.bias, p.residual, p.y, p.relu};
   parallel_for(parallel, block.tiles(), 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t tile = block.first + t, j = tile % tiling.across;
-      const int64_t i = tile / tiling.across % tiling.down;
-      const int64_t n = tile / (tiling.across * tiling.down);
-      const int64_t top = i * T::kOut, left = j * T::kOut;
+      const Tiling::Place at = tiling.place(block.first + t);
+      const int64_t top = at.i * T::kOut, left = at.j * T::kOut;
       const int64_t height = minimum(T::kOut, p.out_h - top);
       const int64_t width = minimum(T::kOut, p.out_w - left);
-      const int64_t corner = ((n * p.out_h + top) * p.out_w + left) * p.out_c;
+      const int64_t corner = ((at.n * p.out_h + top) * p.out_w + left) * p.out_c;
       for (int64_t c = 0; c < p.out_c; c += kLanes) {
         Pack<float> y[T::kOut][T::kOut];
         untransform_tile<T>(block.products + t * p.out_c + c, block.product_stride, y);
@@ -205,7 +235,7 @@ template <class T>
 void winograd(const ConvParams& p, const Parallel& parallel) {
   const Tiling tiling(p, T::kOut);
   constexpr int64_t kPoints = T::kIn * T::kIn;
-  const int64_t in_c = ceil_div(p.in_c, kChunk) * kChunk, per_tile = kPoints * (in_c + p.out_c);
+  const int64_t in_c = padded_row(p.in_c), per_tile = kPoints * (in_c + p.out_c);
   // Every product of a block reads all weights: a block has tiles enough to make that cheap.
   const int64_t own = maximum(kOwnFloats / per_tile, kFewTiles);
   const bool shared = tiling.count < parallel.threads * own;

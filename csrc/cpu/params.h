@@ -115,8 +115,8 @@ struct BnGradParams {
 };
 
 // y = conv(x, w) + bias [+ residual] [relu] in float32, all channels-last, C_out a multiple of 16.
-// weight: panels of 32 output channels, zero-filled: [panel][k][32], k = (kh, kw, C_in) flat, or
-// for Winograd [point][panel][C_in][32]. bias: of every output channel.
+// weight: panels of 32 output channels, zero-filled: [panel][k][32], k = (kh, kw, C_in) flat, or for
+// Winograd [point][panel][C_in][32]. bias: of every output channel.
 struct ConvParams {
   const float* x;  // (n, in_h, in_w, in_c)
   const float* weight;
@@ -125,7 +125,7 @@ struct ConvParams {
   float* y;               // (n, out_h, out_w, out_c)
   int64_t n, in_h, in_w, in_c;
   int64_t out_h, out_w, out_c;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
   bool relu;
 };
 
@@ -137,9 +137,10 @@ struct KernelTable {
   void (*bn_apply)(const BnApplyParams&, const Parallel&);
   void (*bn_reduce)(const BnReduceParams&, const Parallel&);
   void (*bn_grad)(const BnGradParams&, const Parallel&);
-  void (*conv_direct)(const ConvParams&, const Parallel&);
   // 3x3, stride 1, C_in a multiple of 16; tile: 2 or 4, the output pixels a side of a tile.
   void (*conv_winograd)(const ConvParams&, int tile, const Parallel&);
+  // Few channels, no residual; max_pool: y holds the lines pooled 3x3 with stride 2.
+  void (*conv_stem)(const ConvParams&, bool max_pool, const Parallel&);
 };
 
 // Those of the widest instruction set that this processor runs and this binary holds.

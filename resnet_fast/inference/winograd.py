@@ -56,22 +56,22 @@ def make_conv(
     packed = _Tiles(weight, spec, direct)
     known, look_up, relu = packed.known.get, packed.look_up, spec.relu
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    rest = ([3, 3], spec.stride, spec.padding, spec.dilation)
-    fresh = torch.ops.resnet_fast.conv_bias_act.default
-    onto = torch.ops.resnet_fast.conv_bias_act_.default
+    padding = spec.padding
+    fresh = torch.ops.resnet_fast.conv_winograd.default
+    onto = torch.ops.resnet_fast.conv_winograd_.default
 
     def conv(x: Tensor, residual: Tensor | None = None) -> Tensor:
         tile, w, other = known(x.shape) or look_up(x.shape)
         if other is not None:
             return other(x) if residual is None else other(x, residual)
-        result: Tensor = fresh(x, w, bias, residual, *rest, tile, relu)
+        result: Tensor = fresh(x, w, bias, residual, padding, tile, relu)
         return result
 
     def conv_onto(x: Tensor, residual: Tensor) -> Tensor:
         tile, w, other = known(x.shape) or look_up(x.shape)
         if other is not None:
             return other(x, residual)
-        onto(residual, x, w, bias, *rest, tile, relu)
+        onto(residual, x, w, bias, padding, tile, relu)
         return residual
 
     return conv_onto if spec.inplace else conv
@@ -88,14 +88,12 @@ class _Tiles:
         self._made: dict[int, tuple[int, Tensor | None, Callable[..., Tensor] | None]] = {}
         self._lock = threading.Lock()
 
-    def look_up(
-        self, size: torch.Size
-    ) -> tuple[int, Tensor | None, Callable[..., Tensor] | None]:
+    def look_up(self, size: torch.Size) -> tuple[int, Tensor | None, Callable[..., Tensor] | None]:
         with self._lock:
             tile = choose_tile(size, self._padding)
             if tile not in self._made:
                 self._made[tile] = (
-                    (tile, _conv.pack(self._weight, tile), None)
+                    (tile, _conv.pack_winograd(self._weight, tile), None)
                     if tile
                     else (0, None, self._direct())
                 )

@@ -9,8 +9,9 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("batch_norm_act_forward", TORCH_BOX(&resnet_fast::batch_norm_act_forward));
   m.impl("batch_norm_act_backward", TORCH_BOX(&resnet_fast::batch_norm_act_backward));
   m.impl("batch_norm_act_backward_", TORCH_BOX(&resnet_fast::batch_norm_act_backward_));
-  m.impl("conv_bias_act", TORCH_BOX(&resnet_fast::conv_bias_act));
-  m.impl("conv_bias_act_", TORCH_BOX(&resnet_fast::conv_bias_act_));
+  m.impl("conv_winograd", TORCH_BOX(&resnet_fast::conv_winograd));
+  m.impl("conv_winograd_", TORCH_BOX(&resnet_fast::conv_winograd_));
+  m.impl("conv_stem", TORCH_BOX(&resnet_fast::conv_stem));
   m.impl("batch_norm_statistics", TORCH_BOX(&resnet_fast::batch_norm_statistics));
   m.impl("batch_norm_act_backward_reduce", TORCH_BOX(&resnet_fast::batch_norm_act_backward_reduce));
   m.impl("batch_norm_act_backward_apply", TORCH_BOX(&resnet_fast::batch_norm_act_backward_apply));

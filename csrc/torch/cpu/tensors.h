@@ -59,13 +59,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward_reduce(Tensor grad, T
 Tensor batch_norm_act_backward_apply(Tensor masked, Tensor x, Tensor mean, Tensor invstd,
                                      OptionalTensor weight, Tensor sum, Tensor dot, double count);
 // Convolutions of packed weights (resnet_fast/_conv.py), the CPU's alone.
-Tensor conv_bias_act(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual,
-                     std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t tile,
-                     bool relu);
-void conv_bias_act_(Tensor residual, Tensor x, Tensor weight, Tensor bias,
-                    std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t tile,
-                    bool relu);
+Tensor conv_winograd(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual,
+                     std::vector<int64_t> padding, int64_t tile, bool relu);
+void conv_winograd_(Tensor residual, Tensor x, Tensor weight, Tensor bias,
+                    std::vector<int64_t> padding, int64_t tile, bool relu);
+Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> kernel,
+                 std::vector<int64_t> stride, std::vector<int64_t> padding, bool relu,
+                 bool max_pool);
 
 }  // namespace resnet_fast

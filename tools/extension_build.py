@@ -30,7 +30,14 @@ INSTRUCTION_SETS = {
 CPU_KERNELS = ("add_relu", "bn_apply", "bn_backward", "bn_stats", "table")
 LAUNCHERS = ("add_relu", "bn_apply", "bn_backward", "bn_stats")
 EMULATOR = ("emulator", "fiber", "access_log")
-TORCH_GPU_SOURCES = ("common", "gpu/tensors", "gpu/add_relu", "gpu/batch_norm_act", "gpu/register")
+TORCH_GPU_SOURCES = (
+    "common",
+    "gpu/tensors",
+    "gpu/add_relu",
+    "gpu/batch_norm_act",
+    "gpu/batch_norm_phases",
+    "gpu/register",
+)
 TORCH_SOURCES = (
     "common",
     "cpu/tensors",

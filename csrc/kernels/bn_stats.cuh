@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Batch statistics of every channel: mean, 1 / sqrt(var + eps), and the update of the running ones.
+// Batch statistics of every channel: mean, 1 / sqrt(var + eps), and the update of the running ones;
+// or, where they are merged with other processes', mean and M2 in float64.
 //
 // Layouts: channels_last and NCHW, see reduce.cuh for the two access patterns.
 // dtypes:  float64, float32, float16, bfloat16; statistics in float32 (float64 for float64).
@@ -35,6 +36,7 @@ struct BnStats {
   Partials<A> partials;
   A *mean, *invstd, *running_mean, *running_var;
   A momentum, eps;
+  double *wide_mean, *wide_m2;  // not null: in place of the four above
 
   RF_DEVICE A origin(int64_t channel) const {
     return to_accumulator(load<Cache::kCached>(x + channel * channel_stride));
@@ -77,6 +79,12 @@ struct BnStats {
     n = total;
   }
   RF_DEVICE void finish(int64_t channel, A n, A relative_mean, A m2) const {
+    if (wide_mean) {
+      store<Cache::kKeep>(wide_mean + channel, static_cast<double>(origin(channel)) +
+                                                   static_cast<double>(relative_mean));
+      store<Cache::kKeep>(wide_m2 + channel, static_cast<double>(m2));
+      return;
+    }
     const A batch_mean = origin(channel) + relative_mean;
     const A batch_var = m2 / n;
     store<Cache::kKeep>(mean + channel, batch_mean);

@@ -46,17 +46,4 @@ class Coefficients {
   std::vector<float> floats_;
 };
 
-// batch_norm_act_backward that writes dx over grad; the CPU's alone.
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
-    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask);
-std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor x);
-std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward_reduce(Tensor grad, Tensor x,
-                                                                  Tensor mean, Tensor invstd,
-                                                                  OptionalTensor weight,
-                                                                  OptionalTensor bias,
-                                                                  OptionalTensor mask, bool relu);
-Tensor batch_norm_act_backward_apply(Tensor masked, Tensor x, Tensor mean, Tensor invstd,
-                                     OptionalTensor weight, Tensor sum, Tensor dot, double count);
-
 }  // namespace resnet_fast

@@ -60,11 +60,6 @@ class Implementation:
         """Whether it goes through the raw operators."""
         return self.ran != "reference"
 
-    @property
-    def gpu_kernels(self) -> bool:
-        """Whether it runs the CUDA kernels, on a GPU or emulated."""
-        return self.name in ("emulated", "cuda")
-
     def missing(self) -> str | None:
         """Why it cannot be tested on this machine; None if it can."""
         if self.name == "emulated":

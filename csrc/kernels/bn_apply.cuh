@@ -62,7 +62,7 @@ struct BnApply {
     unsigned bits = ~0u;
     if (relu) {
       bits = positive_bits(out);
-      keep_where(&out, bits);
+      resnet_fast::relu(&out);
     }
     store_vec<Cache::kKeep>(y + at, out);
     return bits;

@@ -25,10 +25,10 @@ LAYOUTS = ("contiguous", "channels_last")
 HALF_MB = 4 * 64 * 28 * 28  # elements
 
 
-def call(layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def call(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
     """A batch norm with residual, forward and backward: every output."""
     rng = torch.Generator().manual_seed(0)
-    x, residual, grad = (lay(torch.randn(SHAPE, generator=rng).to(dtype), layout) for _ in range(3))
+    x, residual, grad = (lay(torch.randn(shape, generator=rng).to(dtype), layout) for _ in range(3))
     weight, bias = torch.rand(64, generator=rng), torch.rand(64, generator=rng)
     mean, var = torch.zeros(64), torch.ones(64)
     y, m, i, mask = ops.batch_norm_act_forward(
@@ -98,6 +98,53 @@ def test_bytes_moved_by_the_phases(layout: str, dtype: torch.dtype) -> None:
     for kernel, count in expected.items():
         assert count <= sums[kernel] <= 1.03 * count, (kernel, sums[kernel] / count)
     assert sums.keys() <= {*expected, "bn_stats_merge", "bn_grad_merge"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_moved_by_one_launch(dtype: torch.dtype) -> None:
+    """A small channels-last map: x is read once, and no kernel of statistics runs."""
+    x, residual = (lay(torch.randn(32, 64, 7, 7).to(dtype), "channels_last") for _ in range(2))
+    size = x.numel() * dtype.itemsize
+    both = torch.rand(64), torch.rand(64)
+    for r, count in ((None, 2 * size), (residual, 3 * size + x.numel() // 8)):
+        sums = moved(
+            lambda r=r: ops.batch_norm_act_forward(
+                x, *both, r, None, None, True, 0.1, 1e-5, True, r is not None
+            )
+        )
+        assert sums.keys() == {"bn_fused"}
+        assert count <= sums["bn_fused"] <= 1.02 * count, sums["bn_fused"] / count
+
+
+def test_five_thread_orders_of_one_launch() -> None:
+    results = []
+    for seed in range(5):
+        with emulated.options(seed=seed):
+            results.append(call("channels_last", torch.bfloat16, (8, 64, 7, 7)))
+    for again in results[1:]:
+        for name, result in results[0].items():
+            assert torch.equal(result, again[name]), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "c", "inner", "blocks"),
+    [
+        ("bfloat16", 32, 512, 49, 32),
+        ("bfloat16", 32, 2048, 49, 128),
+        ("float32", 32, 512, 49, 64),
+        ("float64", 8, 64, 49, 8),
+        ("bfloat16", 8, 256, 196, 16),
+        ("bfloat16", 32, 256, 196, 0),  # 196 KiB a slab
+        ("bfloat16", 32, 520, 49, 0),
+    ],
+)
+def test_where_the_forward_is_one_launch(
+    dtype: str, n: int, c: int, inner: int, blocks: int
+) -> None:
+    plan = emulated.controls().launch_plan("bn_fused", dtype, n, c, inner, True)
+    assert plan["blocks"] == blocks
+    assert plan["slab_bytes"] <= 64 * 1024
+    assert emulated.controls().launch_plan("bn_fused", dtype, n, c, inner, False)["blocks"] == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

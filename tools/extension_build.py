@@ -28,7 +28,7 @@ INSTRUCTION_SETS = {
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
 CPU_KERNELS = ("add_relu", "bn_apply", "bn_backward", "bn_stats", "table")
-LAUNCHERS = ("add_relu", "bn_apply", "bn_backward", "bn_stats")
+LAUNCHERS = ("add_relu", "bn_apply", "bn_backward", "bn_fused", "bn_stats")
 EMULATOR = ("emulator", "fiber", "access_log")
 TORCH_GPU_SOURCES = (
     "common",

@@ -55,7 +55,11 @@ struct BnStats {
       values[u] = load_vec<Cache::kKeep, V>(x + offset[u]);
       ++count;
     }
-    if (count == 0) return;
+    if (count > 0) add(values, offset, count, channels, n, p, q);
+  }
+  // A tile's `count` values, where their offset is not -1.
+  RF_DEVICE void add(const Vec<T, V> (&values)[kU], const int64_t (&offset)[kU], int count,
+                     const Channels& channels, A& n, A (&p)[V], A (&q)[V]) const {
     const A tile_n = static_cast<A>(count), share = 1 / tile_n;
     const A total = n + tile_n, weight = tile_n / total, spread = n * weight;
     RF_UNROLL
@@ -78,17 +82,22 @@ struct BnStats {
     }
     n = total;
   }
-  RF_DEVICE void finish(int64_t channel, A n, A relative_mean, A m2) const {
+  struct Statistics {
+    A mean, invstd;
+  };
+  // Writes what is wanted, and returns it where that is the batch norm's own.
+  RF_DEVICE Statistics finish(int64_t channel, A n, A relative_mean, A m2) const {
     if (wide_mean) {
       store<Cache::kKeep>(wide_mean + channel, static_cast<double>(origin(channel)) +
                                                    static_cast<double>(relative_mean));
       store<Cache::kKeep>(wide_m2 + channel, static_cast<double>(m2));
-      return;
+      return {};
     }
     const A batch_mean = origin(channel) + relative_mean;
     const A batch_var = m2 / n;
     store<Cache::kKeep>(mean + channel, batch_mean);
-    store<Cache::kKeep>(invstd + channel, 1 / square_root(batch_var + eps));
+    const A batch_invstd = 1 / square_root(batch_var + eps);
+    store<Cache::kKeep>(invstd + channel, batch_invstd);
     if (running_mean) {
       const A old = load<Cache::kKeep>(running_mean + channel);
       store<Cache::kKeep>(running_mean + channel, (1 - momentum) * old + momentum * batch_mean);
@@ -97,6 +106,7 @@ struct BnStats {
       const A old = load<Cache::kKeep>(running_var + channel);
       store<Cache::kKeep>(running_var + channel, (1 - momentum) * old + momentum * (m2 / (n - 1)));
     }
+    return {batch_mean, batch_invstd};
   }
 };
 

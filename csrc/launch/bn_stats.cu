@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "kernels/bn_stats.cuh"
+#include "launch/forward.h"
 #include "launch/reduce.h"
 
 namespace resnet_fast {
@@ -13,32 +14,20 @@ ReducePlan plan(const Shape& shape, const void* x) {
       kBnStatsBlocksPerSm);
 }
 
-// The reduction, without what it is for: one of the two functions below says that.
-template <class T, int V, class Params>
-BnStats<T, V> make_op(const Params& p, const ReducePlan& plan) {
-  BnStats<T, V> op = {};
-  op.x = static_cast<const T*>(p.x);
-  op.channel_stride = p.shape.layout == Layout::kChannelsLast ? 1 : p.shape.inner;
-  op.partials = {static_cast<Accumulator<T>*>(p.scratch), p.shape.c, static_cast<int>(plan.splits)};
+template <class T, int V>
+BnStats<T, V> make_op(const BatchNormActParams& p) {
+  return stats_of<T, V>(p);
+}
+
+template <class T, int V>
+BnStats<T, V> make_op(const BatchNormStatisticsParams& p) {
+  BatchNormActParams whole;
+  whole.shape = p.shape;
+  whole.x = p.x;
+  BnStats<T, V> op = stats_of<T, V>(whole);
+  op.wide_mean = p.mean;
+  op.wide_m2 = p.m2;
   return op;
-}
-
-template <class T, int V>
-void write_to(const BatchNormActParams& p, BnStats<T, V>* out) {
-  using A = Accumulator<T>;
-  BnStats<T, V>& op = *out;
-  op.mean = static_cast<A*>(p.mean);
-  op.invstd = static_cast<A*>(p.invstd);
-  op.running_mean = static_cast<A*>(p.running_mean);
-  op.running_var = static_cast<A*>(p.running_var);
-  op.momentum = static_cast<A>(p.momentum);
-  op.eps = static_cast<A>(p.eps);
-}
-
-template <class T, int V>
-void write_to(const BatchNormStatisticsParams& p, BnStats<T, V>* op) {
-  op->wide_mean = p.mean;
-  op->wide_m2 = p.m2;
 }
 
 template <class Params>
@@ -47,8 +36,9 @@ Status launch_stats(const Params& p, Stream stream) {
     using T = typename decltype(tag)::type;
     const ReducePlan reduce = plan<T>(p.shape, p.x);
     return with_vector<T>(reduce.vector > 1, [&](auto width) {
-      auto op = make_op<T, decltype(width)::value>(p, reduce);
-      write_to(p, &op);
+      auto op = make_op<T, decltype(width)::value>(p);
+      op.partials = {static_cast<Accumulator<T>*>(p.scratch), p.shape.c,
+                     static_cast<int>(reduce.splits)};
       return launch_reduce("bn_stats", "bn_stats_merge", op, reduce, stream);
     });
   });

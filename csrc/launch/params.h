@@ -71,7 +71,7 @@ struct BatchNormActParams {
   double eps = 1e-5;
 };
 std::size_t batch_norm_act_scratch_bytes(const BatchNormActParams& params);
-// The whole forward: statistics if training, then apply.
+// The whole forward: statistics if training, then apply; for small feature maps both in one kernel.
 Status launch_batch_norm_act(const BatchNormActParams& params, Stream stream);
 // Its two parts. Statistics: mean, invstd and the running statistics. Apply: y and the mask.
 Status launch_bn_stats(const BatchNormActParams& params, Stream stream);

@@ -29,6 +29,21 @@ struct Case {
   }
 };
 
+// Mean and sum of squared deviations of a channel, in a type wider than any that is tested.
+struct Moments {
+  long double mean = 0, m2 = 0;
+};
+inline Moments moments(const Case& c, const std::vector<double>& x, int64_t channel) {
+  Moments result;
+  for (int64_t i = 0; i < c.per_channel(); ++i) result.mean += x[c.at(channel, i)];
+  result.mean /= static_cast<long double>(c.per_channel());
+  for (int64_t i = 0; i < c.per_channel(); ++i) {
+    const long double deviation = x[c.at(channel, i)] - result.mean;
+    result.m2 += deviation * deviation;
+  }
+  return result;
+}
+
 // Everything one forward and backward touch, and the launches.
 struct Run {
   Case c;

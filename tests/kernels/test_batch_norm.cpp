@@ -31,10 +31,9 @@ void check_forward(Run& run, const std::vector<double>& old_mean,
   for (int64_t ch = 0; ch < c.shape.c; ++ch) {
     double mean = old_mean[ch], var = old_var[ch];
     if (c.training) {
-      mean = var = 0;
-      for (int64_t i = 0; i < c.per_channel(); ++i) mean += x[c.at(ch, i)] / n;
-      for (int64_t i = 0; i < c.per_channel(); ++i)
-        var += (x[c.at(ch, i)] - mean) * (x[c.at(ch, i)] - mean) / n;
+      const Moments exact = moments(c, x, ch);
+      mean = static_cast<double>(exact.mean);
+      var = static_cast<double>(exact.m2 / static_cast<long double>(n));
       running_worst.see(run.running_mean.get(ch), 0.9 * old_mean[ch] + 0.1 * mean,
                         4 * acc * (std::abs(mean) + 1));
       if (n > 1)
@@ -172,6 +171,47 @@ void test_nan(const Case& c) {
   check(right && std::isnan(run.invstd.get(1)), c.name() + "NaN");
 }
 
+// The forward in one launch: slabs with and without a rest of rows, up to the largest.
+void test_one_launch() {
+  const std::pair<int64_t, int64_t> sizes[] = {{2, 1}, {300, 1}, {5, 49}, {20, 49}, {1, 1024}};
+  int index = 0;
+  for (auto [n, inner] : sizes)
+    for (DType dtype : {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+      for (bool residual : {false, true}) {
+        emu::set_options({static_cast<uint64_t>(index), false, 4});
+        emu::reset_counters();
+        Case c;
+        c.dtype = dtype;
+        c.shape = {n, index % 3 ? 16 : 48, inner, Layout::kChannelsLast};
+        c.residual = residual;
+        c.relu = index % 5 != 0;
+        c.affine = index % 7 != 0;
+        if (index % 4 == 0) c.mean = 1e3;
+        test_case(c);
+        check(emu::counters("bn_fused").launches == 1 && emu::counters("bn_stats").launches == 0 &&
+                  emu::counters("bn_apply").launches == 0,
+              c.name() + "is not one launch");
+        ++index;
+      }
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    Case c;
+    c.dtype = dtype;
+    c.shape = {8, 32, 49, Layout::kChannelsLast};
+    c.residual = true;
+    test_seeds(c);
+    test_nan(c);
+    // One row more than shared memory holds, no whole words of the mask, no whole vectors.
+    for (Shape other : {Shape{1, 16, 2049, Layout::kChannelsLast},
+                        Shape{8, 24, 49, Layout::kChannelsLast}, Shape{8, 32, 49}}) {
+      emu::set_options({1, false, 4});
+      emu::reset_counters();
+      c.shape = other;
+      test_case(c);
+      check(emu::counters("bn_fused").launches == 0, c.name() + "is not for one launch");
+    }
+  }
+}
+
 // Division by multiplication is exact, and large dividends take the true one.
 void test_divider() {
   bool exact = true;
@@ -190,6 +230,7 @@ void test_divider() {
 
 void test_batch_norm() {
   test_divider();
+  test_one_launch();
   const DType dtypes[] = {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   const Layout layouts[] = {Layout::kContiguous, Layout::kChannelsLast};
   int index = 0;

@@ -6,6 +6,9 @@ the incoming gradient is most often used for the last time. PyTorch's own engine
 gradient before it accumulates in place or steals it: does anybody else hold it? Here that is three
 counts: of the Python object, of the tensor behind it, and of its storage. Each must be what it is
 for a gradient that the engine alone holds, which is measured once rather than assumed.
+
+On the CPU only. On a GPU the counts say nothing of the streams: a node on another stream that took
+the same gradient may have let go of it, guarded by record_stream, while its kernel still reads it.
 """
 
 from __future__ import annotations

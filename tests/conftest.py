@@ -60,11 +60,6 @@ class Implementation:
         """Whether it goes through the raw operators."""
         return self.ran != "reference"
 
-    @property
-    def gpu_kernels(self) -> bool:
-        """Whether it runs the CUDA kernels, on a GPU or emulated."""
-        return self.name in ("emulated", "cuda")
-
     def missing(self) -> str | None:
         """Why it cannot be tested on this machine; None if it can."""
         if self.name == "emulated":
@@ -147,10 +142,8 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if chosen.name in ("plain", "emulated"):
         monkeypatch.setattr(env, "_why_unavailable", None)
         monkeypatch.setitem(dispatch._fast, "cpu", chosen.ran)
-        for op in emulated.NAMES:
+        for op in emulated.OPS:
             monkeypatch.setattr(functional, f"_{op}", getattr(chosen.raw, op))
-        # The form that writes over the gradient is the CPU kernels' own.
-        monkeypatch.setattr(functional, "may_overwrite", lambda grad, like: False)
     with rf.use_backend(chosen.backend):
         yield chosen
 

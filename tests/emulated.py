@@ -20,13 +20,20 @@ import torch
 from resnet_fast import _library
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "emulated"
-# The operators that have CUDA kernels; the plain ones stand in for the others on a card.
-NAMES = (
+# The operators behind functional.py, and the phases behind synchronised.py.
+OPS = (
     "add_relu_forward",
     "add_relu_backward",
     "batch_norm_act_forward",
     "batch_norm_act_backward",
+    "batch_norm_act_backward_",
 )
+PHASES = (
+    "batch_norm_statistics",
+    "batch_norm_act_backward_reduce",
+    "batch_norm_act_backward_apply",
+)
+NAMES = (*OPS, *PHASES)
 # A small card: fewer threads to emulate, and still several blocks a kernel.
 FAST = {"count": False, "multiprocessors": 4}
 _library_of_tests = torch.library.Library("resnet_fast_emulated", "DEF")

@@ -25,10 +25,10 @@ LAYOUTS = ("contiguous", "channels_last")
 HALF_MB = 4 * 64 * 28 * 28  # elements
 
 
-def call(layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def call(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
     """A batch norm with residual, forward and backward: every output."""
     rng = torch.Generator().manual_seed(0)
-    x, residual, grad = (lay(torch.randn(SHAPE, generator=rng).to(dtype), layout) for _ in range(3))
+    x, residual, grad = (lay(torch.randn(shape, generator=rng).to(dtype), layout) for _ in range(3))
     weight, bias = torch.rand(64, generator=rng), torch.rand(64, generator=rng)
     mean, var = torch.zeros(64), torch.ones(64)
     y, m, i, mask = ops.batch_norm_act_forward(
@@ -40,6 +40,21 @@ def call(layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
     names = ("dx", "dresidual", "dweight", "dbias")
     named = dict(zip(names, grads, strict=True))
     return {"y": y, "m": m, "i": i, "mask": mask, "mean": mean, "var": var, **named}
+
+
+def call_phases(layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch norm from its phases: every output."""
+    rng = torch.Generator().manual_seed(0)
+    x, grad = (lay(torch.randn(SHAPE, generator=rng).to(dtype), layout) for _ in range(2))
+    weight, bias = torch.rand(64, generator=rng), torch.rand(64, generator=rng)
+    count = x.numel() / 64
+    mean, m2 = ops.batch_norm_statistics(x)
+    stats = mean.float(), (m2 / count).rsqrt().float()
+    masked, total, dot = ops.batch_norm_act_backward_reduce(
+        grad, x, *stats, weight, bias, None, True
+    )
+    dx = ops.batch_norm_act_backward_apply(masked, x, *stats, weight, total, dot, count)
+    return {"mean": mean, "m2": m2, "masked": masked, "sum": total, "dot": dot, "dx": dx}
 
 
 def moved(function: Callable[[], Any]) -> dict[str, int]:
@@ -73,6 +88,75 @@ def test_bytes_moved(layout: str, dtype: torch.dtype) -> None:
     assert sums.keys() <= {*expected, "bn_stats_merge", "bn_grad_merge"}
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_moved_by_the_phases(layout: str, dtype: torch.dtype) -> None:
+    size = HALF_MB * dtype.itemsize
+    sums = moved(lambda: call_phases(layout, dtype))
+    # x | grad, x, masked | masked, x, dx
+    expected = {"bn_stats": size, "bn_grad": 3 * size, "bn_grad_apply": 3 * size}
+    for kernel, count in expected.items():
+        assert count <= sums[kernel] <= 1.03 * count, (kernel, sums[kernel] / count)
+    assert sums.keys() <= {*expected, "bn_stats_merge", "bn_grad_merge"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_moved_by_one_launch(dtype: torch.dtype) -> None:
+    """A small channels-last map: x is read once, and no kernel of statistics runs."""
+    x, residual = (lay(torch.randn(32, 64, 7, 7).to(dtype), "channels_last") for _ in range(2))
+    size = x.numel() * dtype.itemsize
+    both = torch.rand(64), torch.rand(64)
+    for r, count in ((None, 2 * size), (residual, 3 * size + x.numel() // 8)):
+        sums = moved(
+            lambda r=r: ops.batch_norm_act_forward(
+                x, *both, r, None, None, True, 0.1, 1e-5, True, r is not None
+            )
+        )
+        assert sums.keys() == {"bn_fused"}
+        assert count <= sums["bn_fused"] <= 1.02 * count, sums["bn_fused"] / count
+
+
+def test_five_thread_orders_of_one_launch() -> None:
+    results = []
+    for seed in range(5):
+        with emulated.options(seed=seed):
+            results.append(call("channels_last", torch.bfloat16, (8, 64, 7, 7)))
+    for again in results[1:]:
+        for name, result in results[0].items():
+            assert torch.equal(result, again[name]), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "c", "inner", "blocks"),
+    [
+        ("bfloat16", 32, 512, 49, 32),
+        ("bfloat16", 32, 2048, 49, 128),
+        ("float32", 32, 512, 49, 64),
+        ("float64", 8, 64, 49, 8),
+        ("bfloat16", 8, 256, 196, 16),
+        ("bfloat16", 32, 256, 196, 0),  # 196 KiB a slab
+        ("bfloat16", 32, 520, 49, 0),
+    ],
+)
+def test_where_the_forward_is_one_launch(
+    dtype: str, n: int, c: int, inner: int, blocks: int
+) -> None:
+    plan = emulated.controls().launch_plan("bn_fused", dtype, n, c, inner, True)
+    assert plan["blocks"] == blocks
+    assert plan["slab_bytes"] <= 64 * 1024
+    assert emulated.controls().launch_plan("bn_fused", dtype, n, c, inner, False)["blocks"] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_moved_over_the_gradient(layout: str) -> None:
+    """The kernels, and the bytes, of the form that has memory of its own for dx."""
+    x = lay(torch.randn(SHAPE), layout)
+    grad = lay(torch.randn(SHAPE), layout)
+    rest = (x, torch.zeros(64), torch.ones(64), None, None, None, True, True, [True] * 4)
+    expected = moved(lambda: ops.batch_norm_act_backward(grad, *rest))
+    assert moved(lambda: ops.batch_norm_act_backward_(grad, *rest)) == expected
+
+
 def test_bytes_moved_by_add_relu() -> None:
     x = torch.randn(SHAPE)
     size, bits = 4 * HALF_MB, HALF_MB // 8
@@ -84,14 +168,33 @@ def test_bytes_moved_by_add_relu() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_five_thread_orders_give_the_same_bits(layout: str) -> None:
+@pytest.mark.parametrize("function", [call, call_phases])
+def test_five_thread_orders_give_the_same_bits(
+    function: Callable[[str, torch.dtype], dict[str, Tensor]], layout: str
+) -> None:
     results = []
     for seed in range(5):
         with emulated.options(seed=seed):
-            results.append(call(layout, torch.bfloat16))
+            results.append(function(layout, torch.bfloat16))
     for again in results[1:]:
         for name, result in results[0].items():
             assert torch.equal(result, again[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_over_the_gradient_in_any_thread_order(layout: str, training: bool) -> None:
+    """Whichever thread comes first, none reads what another has written over."""
+    x, grad = (lay(torch.randn(SHAPE).bfloat16(), layout) for _ in range(2))
+    stats = torch.randn(64), torch.rand(64) + 0.5
+    rest = (x, *stats, None, None, None, training, True, [True, False, True, True])
+    expected = ops.batch_norm_act_backward(grad, *rest)
+    for seed in range(5):
+        over = grad.clone(memory_format=torch.preserve_format)
+        with emulated.options(seed=seed):
+            _, _, dweight, dbias = ops.batch_norm_act_backward_(over, *rest)
+        for a, b in zip((over, dweight, dbias), (expected[0], *expected[2:]), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kernel", ["bn_stats", "bn_grad"])

@@ -118,6 +118,40 @@ def test_a_model_runs_the_cuda_kernels_and_gives_eagers_numbers(training: bool) 
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
+def backward_arguments(t: dict[str, Tensor]) -> tuple[Any, ...]:
+    """grad, x, statistics and parameters of a forward in training mode."""
+    _, mean, invstd, _ = torch.ops.resnet_fast.batch_norm_act_forward(
+        t["x"], t["weight"], t["bias"], None, None, None, True, 0.1, 1e-5, True, False
+    )
+    return t["grad"], t["x"], mean, invstd, t["weight"], t["bias"], None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_dx_over_the_gradient(dtype: torch.dtype) -> None:
+    ops = torch.ops.resnet_fast
+    grad, *rest = backward_arguments(tensors(dtype=dtype))
+    wanted = True, True, [True, False, True, True]
+    expected = ops.batch_norm_act_backward(grad, *rest, *wanted)
+    over = grad.clone(memory_format=torch.preserve_format)
+    got = ops.batch_norm_act_backward_(over, *rest, *wanted)
+    assert_equal((over, *got[2:]), (expected[0], *expected[2:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_phases_are_the_whole(dtype: torch.dtype) -> None:
+    ops = torch.ops.resnet_fast
+    args = backward_arguments(tensors(dtype=dtype))
+    _, x, mean, invstd, weight, *_ = args
+    count = x.numel() / x.size(1)
+    batch_mean, m2 = ops.batch_norm_statistics(x)
+    torch.testing.assert_close(batch_mean.to(mean.dtype), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((m2 / count + 1e-5).rsqrt().to(mean.dtype), invstd)
+    masked, total, dot = ops.batch_norm_act_backward_reduce(*args, True)
+    dx = ops.batch_norm_act_backward_apply(masked, x, mean, invstd, weight, total, dot, count)
+    whole = ops.batch_norm_act_backward(*args, True, True, [True] * 4)
+    assert_equal((dx, masked, total.to(whole[3].dtype)), (whole[0], whole[1], whole[3]))
+
+
 def test_under_autocast() -> None:
     t = tensors(dtype=torch.float32)
     conv = torch.randn(64, 64, 1, 1, device="cuda")

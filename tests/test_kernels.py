@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent / "kernels"
 # Two processes of about equal length.
-SUITES = (("emulator", "add_relu", "batch_norm"), ("traffic",))
+SUITES = (("emulator", "add_relu", "batch_norm"), ("phases", "traffic"))
 
 
 def build_program() -> Path:

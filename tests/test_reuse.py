@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ import resnet_fast as rf
 from resnet_fast import _plain, _reuse, functional
 
 ops = torch.ops.resnet_fast
+GPU_KERNELS = [] if isinstance(emulated.load(), str) else [emulated.operators]
 SHAPE = (4, 6, 5, 7)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 pytestmark = pytest.mark.skipif(not rf.is_available(), reason=str(rf.why_unavailable()))
@@ -70,7 +72,7 @@ def test_the_same_bits(
     out = ops.batch_norm_act_forward(*forward, training, 0.1, 1e-5, relu, relu and with_residual)
     mask = out[3] if relu and with_residual else None
     rest = (x, out[1], out[2], weight, bias, mask, training, relu, [bool(w) for w in wanted])
-    for implementation in (ops, _plain):
+    for implementation in (ops, _plain, *GPU_KERNELS):
         expected = implementation.batch_norm_act_backward(grad, *rest)
         over = grad.clone(memory_format=torch.preserve_format)
         got = list(implementation.batch_norm_act_backward_(over, *rest))
@@ -83,7 +85,8 @@ def test_the_same_bits(
             assert torch.equal(ours, theirs)
 
 
-def test_refuses_a_gradient_of_other_strides() -> None:
+@pytest.mark.parametrize("ops", [ops, *GPU_KERNELS], ids=str)
+def test_refuses_a_gradient_of_other_strides(ops: Any) -> None:
     x = leaf().detach()
     stat = torch.ones(6)
     grad = torch.ones(SHAPE).to(memory_format=torch.channels_last)

@@ -27,10 +27,25 @@ INSTRUCTION_SETS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
-CPU_KERNELS = ("add_relu", "bn_apply", "bn_backward", "bn_stats", "conv_stem", "conv_winograd", "table")
-LAUNCHERS = ("add_relu", "bn_apply", "bn_backward", "bn_stats")
+CPU_KERNELS = (
+    "add_relu",
+    "bn_apply",
+    "bn_backward",
+    "bn_stats",
+    "conv_stem",
+    "conv_winograd",
+    "table",
+)
+LAUNCHERS = ("add_relu", "bn_apply", "bn_backward", "bn_fused", "bn_stats")
 EMULATOR = ("emulator", "fiber", "access_log")
-TORCH_GPU_SOURCES = ("common", "gpu/tensors", "gpu/add_relu", "gpu/batch_norm_act", "gpu/register")
+TORCH_GPU_SOURCES = (
+    "common",
+    "gpu/tensors",
+    "gpu/add_relu",
+    "gpu/batch_norm_act",
+    "gpu/batch_norm_phases",
+    "gpu/register",
+)
 TORCH_SOURCES = (
     "common",
     "cpu/tensors",

@@ -50,6 +50,12 @@ struct Thread {
   unsigned mask;
   int source_lane;
   uint64_t value;
+  struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+  };
+  std::vector<Copy> copies;  // asynchronous, not waited for
 };
 
 // The launch in progress on this OS thread.
@@ -60,6 +66,14 @@ class Machine {
   void note(const void* site, const void* address, int bytes, Access access);
   void* static_shared(const char* name, int line, std::size_t bytes);
   void* dynamic_shared() { return dynamic_.get(); }
+  void copy_async(void* to, const void* from, int bytes) {
+    threads_[running_].copies.push_back({to, from, bytes});
+  }
+  void wait_for_copies() {
+    std::vector<Thread::Copy>& copies = threads_[running_].copies;
+    for (const Thread::Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+    copies.clear();
+  }
   void wait_block(const char* file, int line);
   uint64_t wait_warp(Meeting meeting, unsigned mask, uint64_t value, int source_lane,
                      const char* file, int line);
@@ -163,6 +177,7 @@ void Machine::start_block() {
     Thread& thread = threads_[i];
     thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     thread.wait = Wait::kNone;
+    thread.copies.clear();
     thread.fiber.reset(&Machine::thread_main, this);
     ready_.push_back(i);
   }
@@ -351,6 +366,10 @@ void* static_shared(const char* name, int line, std::size_t bytes) {
   return running_machine->static_shared(name, line, bytes);
 }
 void* dynamic_shared() { return running_machine->dynamic_shared(); }
+void copy_async(void* shared, const void* global, int bytes) {
+  running_machine->copy_async(shared, global, bytes);
+}
+void wait_for_copies() { running_machine->wait_for_copies(); }
 void sync_block(const char* file, int line) { running_machine->wait_block(file, line); }
 uint64_t meet_warp(Meeting kind, unsigned mask, uint64_t value, int source_lane, const char* file,
                    int line) {

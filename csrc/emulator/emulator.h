@@ -79,6 +79,9 @@ enum class Access { kRead, kCachedRead, kWrite, kShared };
 void note_access(const void* address, int bytes, Access access);
 void* static_shared(const char* name, int line, std::size_t bytes);
 void* dynamic_shared();
+// cp.async: the bytes arrive no sooner than the calling thread waits for them.
+void copy_async(void* shared, const void* global, int bytes);
+void wait_for_copies();
 void sync_block(const char* file, int line);
 
 enum class Meeting { kSync, kShuffle, kBallot };

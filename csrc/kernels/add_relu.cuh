@@ -45,7 +45,7 @@ add_relu_kernel(const T* x, const T* residual, T* y, uint8_t* mask, int64_t elem
       Vec<T, V> out;
       round_to(&out, sum);
       bits = positive_bits(out);
-      keep_where(&out, bits);
+      relu(&out);
       store_vec<Cache::kKeep>(y + at, out);
     }
     if (mask) store_mask<V>(mask, at, bits, at < whole);
@@ -56,7 +56,7 @@ add_relu_kernel(const T* x, const T* residual, T* y, uint8_t* mask, int64_t elem
     Vec<T, 1> out;
     round_to(&out, sum);
     const unsigned bit = positive_bits(out);
-    keep_where(&out, bit);
+    relu(&out);
     store_vec<Cache::kKeep>(y + i, out);
     return bit != 0;
   });

@@ -37,9 +37,10 @@ struct BnApply {
                : load<Cache::kCached>(invstd + c);
   }
   RF_DEVICE Affine<A> coefficients(int64_t c) const {
-    const A scale = inverse_deviation(c);
-    return {load<Cache::kCached>(mean + c),
-            weight ? scale * load<Cache::kCached>(weight + c) : scale,
+    return coefficients(c, load<Cache::kCached>(mean + c), inverse_deviation(c));
+  }
+  RF_DEVICE Affine<A> coefficients(int64_t c, A own_mean, A scale) const {
+    return {own_mean, weight ? scale * load<Cache::kCached>(weight + c) : scale,
             bias ? load<Cache::kCached>(bias + c) : A(0)};
   }
   // y of V elements, before the ReLU.
@@ -62,7 +63,7 @@ struct BnApply {
     unsigned bits = ~0u;
     if (relu) {
       bits = positive_bits(out);
-      keep_where(&out, bits);
+      resnet_fast::relu(&out);
     }
     store_vec<Cache::kKeep>(y + at, out);
     return bits;

@@ -4,7 +4,8 @@
 //           dx = scale * (g - sum g / n - d * invstd^2 * sum g*d / n)   training
 //           dx = scale * g                                              evaluation
 // reduce: the sums; writes dresidual and, in evaluation, dx on the way. apply: dx from the sums
-// (training), or dx and dresidual where no sums are wanted.
+// (training), or dx and dresidual where no sums are wanted. dx may be grad itself: of the kernels
+// the last one writes it, and there each element by the thread that has read it.
 //
 // Layouts, dtypes: as bn_stats and bn_apply.
 // Bytes moved, E elements of b bytes, C channels, S splits, parameters of a bytes:
@@ -71,7 +72,8 @@ struct BnGrad {
   BnGradInput<T> in;
   T *dresidual, *dx;  // dx: evaluation only
   Partials<A> partials;
-  A *sums, *dweight, *dbias;  // sums: (2, C), of g and of g * d
+  A *sums, *dweight, *dbias;    // sums: (2, C), of g and of g * d
+  double *wide_sum, *wide_dot;  // not null: these sums, for other processes, and none of the above
 
   RF_DEVICE void prepare(const int64_t (&channel)[V], Channels* channels) const {
     RF_UNROLL
@@ -112,6 +114,11 @@ struct BnGrad {
     for (int j = 0; j < V; ++j) p[j] += p_tile[j], q[j] += q_tile[j];
   }
   RF_DEVICE void finish(int64_t channel, A, A p, A q) const {
+    if (wide_sum) {
+      store<Cache::kKeep>(wide_sum + channel, static_cast<double>(p));
+      store<Cache::kKeep>(wide_dot + channel, static_cast<double>(q));
+      return;
+    }
     store<Cache::kKeep>(sums + channel, p);
     store<Cache::kKeep>(sums + partials.channels + channel, q);
     if (dbias) store<Cache::kKeep>(dbias + channel, p);
@@ -131,17 +138,17 @@ struct BnGradApply {
   SweepShape shape;
   BnGradInput<T> in;
   T *dx, *dresidual;
-  const A* sums;  // null in evaluation
-  A count;        // elements of a channel
+  const A *sum, *dot;  // of g and of g * d; null in evaluation
+  A count;             // elements of a channel
 
-  RF_DEVICE bool reads_x() const { return sums || in.mask_from == MaskFrom::kInput; }
+  RF_DEVICE bool reads_x() const { return sum || in.mask_from == MaskFrom::kInput; }
   RF_DEVICE GradCoefficients<A> coefficients(int64_t c) const {
     const Affine<A> affine = in.coefficients(c);
     GradCoefficients<A> result{affine.mean, affine.scale, affine.bias, 0, 0};
-    if (sums) {
+    if (sum) {
       const A invstd = load<Cache::kCached>(in.invstd + c);
-      result.mean_grad = load<Cache::kCached>(sums + c) / count;
-      result.slope = load<Cache::kCached>(sums + shape.channels + c) / count * invstd * invstd;
+      result.mean_grad = load<Cache::kCached>(sum + c) / count;
+      result.slope = load<Cache::kCached>(dot + c) / count * invstd * invstd;
     }
     return result;
   }
@@ -154,7 +161,7 @@ struct BnGradApply {
     RF_UNROLL
     for (int j = 0; j < V; ++j) {
       value[j] = element(*g, j);
-      if (sums)
+      if (sum)
         value[j] = multiply_add(c[S * j].mean - element(x, j), c[S * j].slope,
                                 value[j] - c[S * j].mean_grad);
       value[j] *= c[S * j].scale;

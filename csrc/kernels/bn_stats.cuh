@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Batch statistics of every channel: mean, 1 / sqrt(var + eps), and the update of the running ones.
+// Batch statistics of every channel: mean, 1 / sqrt(var + eps), and the update of the running ones;
+// or, where they are merged with other processes', mean and M2 in float64.
 //
 // Layouts: channels_last and NCHW, see reduce.cuh for the two access patterns.
 // dtypes:  float64, float32, float16, bfloat16; statistics in float32 (float64 for float64).
@@ -35,6 +36,7 @@ struct BnStats {
   Partials<A> partials;
   A *mean, *invstd, *running_mean, *running_var;
   A momentum, eps;
+  double *wide_mean, *wide_m2;  // not null: in place of the four above
 
   RF_DEVICE A origin(int64_t channel) const {
     return to_accumulator(load<Cache::kCached>(x + channel * channel_stride));
@@ -53,7 +55,11 @@ struct BnStats {
       values[u] = load_vec<Cache::kKeep, V>(x + offset[u]);
       ++count;
     }
-    if (count == 0) return;
+    if (count > 0) add(values, offset, count, channels, n, p, q);
+  }
+  // A tile's `count` values, where their offset is not -1.
+  RF_DEVICE void add(const Vec<T, V> (&values)[kU], const int64_t (&offset)[kU], int count,
+                     const Channels& channels, A& n, A (&p)[V], A (&q)[V]) const {
     const A tile_n = static_cast<A>(count), share = 1 / tile_n;
     const A total = n + tile_n, weight = tile_n / total, spread = n * weight;
     RF_UNROLL
@@ -76,11 +82,22 @@ struct BnStats {
     }
     n = total;
   }
-  RF_DEVICE void finish(int64_t channel, A n, A relative_mean, A m2) const {
+  struct Statistics {
+    A mean, invstd;
+  };
+  // Writes what is wanted, and returns it where that is the batch norm's own.
+  RF_DEVICE Statistics finish(int64_t channel, A n, A relative_mean, A m2) const {
+    if (wide_mean) {
+      store<Cache::kKeep>(wide_mean + channel, static_cast<double>(origin(channel)) +
+                                                   static_cast<double>(relative_mean));
+      store<Cache::kKeep>(wide_m2 + channel, static_cast<double>(m2));
+      return {};
+    }
     const A batch_mean = origin(channel) + relative_mean;
     const A batch_var = m2 / n;
     store<Cache::kKeep>(mean + channel, batch_mean);
-    store<Cache::kKeep>(invstd + channel, 1 / square_root(batch_var + eps));
+    const A batch_invstd = 1 / square_root(batch_var + eps);
+    store<Cache::kKeep>(invstd + channel, batch_invstd);
     if (running_mean) {
       const A old = load<Cache::kKeep>(running_mean + channel);
       store<Cache::kKeep>(running_mean + channel, (1 - momentum) * old + momentum * batch_mean);
@@ -89,6 +106,7 @@ struct BnStats {
       const A old = load<Cache::kKeep>(running_var + channel);
       store<Cache::kKeep>(running_var + channel, (1 - momentum) * old + momentum * (m2 / (n - 1)));
     }
+    return {batch_mean, batch_invstd};
   }
 };
 

@@ -38,6 +38,10 @@ namespace resnet_fast {
 
 constexpr int kThreads = 256;  // of every block
 
+// The most dynamic shared memory of a launch: with 32 KB of static arrays it fits into the 99 KB
+// that a block may have on every card since sm_80.
+constexpr std::size_t kMaxDynamicShared = 64 * 1024;
+
 // What a load or store expects of the caches. kKeep: the next kernel reads the data again, leave it
 // in L2 if it fits. kStream: read or written once, evict it first. kCached: small and read by many
 // threads (parameters); comes from L1 or L2.
@@ -71,6 +75,14 @@ template <class W>
 RF_DEVICE W* dynamic_shared() {
   return static_cast<W*>(emu::dynamic_shared());
 }
+template <class W>
+RF_DEVICE void copy_async(W* shared, const W* global) {
+  static_assert(sizeof(W) == 16);
+  emu::note_access(global, sizeof(W), emu::Access::kRead);
+  emu::note_access(shared, sizeof(W), emu::Access::kShared);
+  emu::copy_async(shared, global, sizeof(W));
+}
+RF_DEVICE void wait_for_copies() { emu::wait_for_copies(); }
 RF_DEVICE void wait_for_previous_kernel() {}
 
 template <class... P, class... A>
@@ -151,6 +163,16 @@ RF_DEVICE W* dynamic_shared() {
   return reinterpret_cast<W*>(resnet_fast_dynamic_shared);
 }
 
+// 16 bytes from global to shared memory, past the registers: any number may be in flight. After
+// wait_for_copies() a thread sees its own; others', after a barrier behind that.
+template <class W>
+RF_DEVICE void copy_async(W* shared, const W* global) {
+  static_assert(sizeof(W) == 16);
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+RF_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Every kernel calls this before it touches memory. launch() lets a kernel be scheduled while the
 // one before it drains (programmatic dependent launch); this waits for that one's results.
 RF_DEVICE void wait_for_previous_kernel() {
@@ -184,6 +206,16 @@ inline int multiprocessors() { return current_device().multiprocessors; }
 template <class... P, class... A>
 Status launch(const char*, void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,
               Stream stream, const A&... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    // NOTE: always the same number: another thread may be about to launch the same kernel.
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // not sticky; see can_run
+      return {static_cast<int>(error), cudaGetErrorString(error)};
+    }
+  }
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

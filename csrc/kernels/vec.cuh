@@ -158,6 +158,16 @@ RF_DEVICE unsigned positive_bits(const Vec<T, V>& y) {
   return bits;
 }
 
+// max(y, 0) that hands NaN and -0 on, as torch.relu does on a CPU and, since PyTorch's pull request
+// 185354, on a GPU; before that, a GPU's gave +0 for -0.
+template <class T, int V>
+RF_DEVICE void relu(Vec<T, V>* y) {
+  unsigned bits = 0;
+  RF_UNROLL
+  for (int j = 0; j < V; ++j) bits |= static_cast<unsigned>(!(element(*y, j) < 0)) << j;
+  keep_where(y, bits);
+}
+
 // The 1-bit mask: bit i % 8 of byte i / 8 belongs to element i in memory order; padded with zeros
 // to 2 * ceil(elements / 16) bytes.
 RF_HOST_DEVICE int64_t mask_bytes(int64_t elements) { return 2 * ((elements + 15) / 16); }

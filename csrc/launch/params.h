@@ -5,7 +5,8 @@
 // Tensors are dense. x, y, residual, grad, dx and dresidual share dtype, shape and layout;
 // per-channel arrays are float32 (float64 where dtype is float64). Any alignment of the element
 // type is right; 16 bytes is fast. Launches neither allocate nor synchronise, and can be captured
-// in a CUDA graph. Outputs must not overlap inputs. Empty tensors are allowed.
+// in a CUDA graph. Outputs must not overlap inputs, but for dx, which may be grad itself. Empty
+// tensors are allowed where nothing else is said.
 #pragma once
 
 #include <cstddef>
@@ -70,7 +71,7 @@ struct BatchNormActParams {
   double eps = 1e-5;
 };
 std::size_t batch_norm_act_scratch_bytes(const BatchNormActParams& params);
-// The whole forward: statistics if training, then apply.
+// The whole forward: statistics if training, then apply; for small feature maps both in one kernel.
 Status launch_batch_norm_act(const BatchNormActParams& params, Stream stream);
 // Its two parts. Statistics: mean, invstd and the running statistics. Apply: y and the mask.
 Status launch_bn_stats(const BatchNormActParams& params, Stream stream);
@@ -96,5 +97,55 @@ struct BatchNormActBackwardParams {
 };
 std::size_t batch_norm_act_backward_scratch_bytes(const BatchNormActBackwardParams& params);
 Status launch_batch_norm_act_backward(const BatchNormActBackwardParams& params, Stream stream);
+
+// The phases of a batch norm over several processes, which communicate in between: what they send
+// is float64, whatever the dtype. The forward's second phase is launch_bn_apply. No empty tensors.
+struct BatchNormStatisticsParams {
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  const void* x = nullptr;
+  double* mean = nullptr;   // (C,), written
+  double* m2 = nullptr;     // (C,), written: sum of squared deviations from the mean
+  void* scratch = nullptr;  // batch_norm_statistics_scratch_bytes(), aligned to 16 bytes
+};
+std::size_t batch_norm_statistics_scratch_bytes(const BatchNormStatisticsParams& params);
+Status launch_batch_norm_statistics(const BatchNormStatisticsParams& params, Stream stream);
+
+struct BatchNormActBackwardReduceParams {
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  const void* grad = nullptr;
+  const void* x = nullptr;
+  const void* mean = nullptr;
+  const void* invstd = nullptr;
+  const void* weight = nullptr;   // or null: 1
+  const void* bias = nullptr;     // or null: 0
+  const uint8_t* mask = nullptr;  // or null: with relu, the mask is recomputed from x
+  void* masked = nullptr;         // null: not wanted; the gradient behind the ReLU
+  double* sum = nullptr;          // (C,), written: of the gradient behind the ReLU, and of
+  double* dot = nullptr;          // (C,), written: its product with x - mean
+  void* scratch = nullptr;  // batch_norm_act_backward_reduce_scratch_bytes(), aligned to 16 bytes
+  bool relu = true;
+};
+std::size_t batch_norm_act_backward_reduce_scratch_bytes(
+    const BatchNormActBackwardReduceParams& params);
+Status launch_batch_norm_act_backward_reduce(const BatchNormActBackwardReduceParams& params,
+                                             Stream stream);
+
+struct BatchNormActBackwardApplyParams {
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  const void* masked = nullptr;  // the gradient behind the ReLU
+  const void* x = nullptr;
+  const void* mean = nullptr;
+  const void* invstd = nullptr;
+  const void* weight = nullptr;  // or null: 1
+  const void* sum = nullptr;     // (C,), as dot: of all processes, but in the type of mean
+  const void* dot = nullptr;
+  double count = 1;  // values of a channel, of all processes
+  void* dx = nullptr;
+};
+Status launch_batch_norm_act_backward_apply(const BatchNormActBackwardApplyParams& params,
+                                            Stream stream);
 
 }  // namespace resnet_fast

@@ -108,4 +108,29 @@ void check_batch_norm_backward(const Tensor& grad, const Tensor& x, const Tensor
   if (mask) check_mask(*mask, x);
 }
 
+void check_overwrite(const Tensor& grad, const Tensor& x) {
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    STD_TORCH_CHECK(grad.size(d) == 1 || grad.stride(d) == x.stride(d),
+                    "grad must have x's strides to be overwritten; it has another in dimension ",
+                    d);
+  }
+  STD_TORCH_CHECK(x.is_contiguous() || is_channels_last(x),
+                  "x must be dense, contiguous or channels-last, for grad to be overwritten");
+}
+
+void check_values(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 2, "x must have 2 or more dimensions (N, C, *); got ", shape_text(x));
+  STD_TORCH_CHECK(x.numel() > 0, "x must not be empty; got ", shape_text(x));
+}
+
+void check_phase(const char* name, const Tensor& grad, const Tensor& x, const Tensor& mean,
+                 const Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias) {
+  check_values(x);
+  check_same(name, grad, x);
+  check_channel("mean", mean, x);
+  check_channel("invstd", invstd, x);
+  if (weight) check_channel("weight", *weight, x);
+  if (bias) check_channel("bias", *bias, x);
+}
+
 }  // namespace resnet_fast

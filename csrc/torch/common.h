@@ -43,6 +43,12 @@ void check_batch_norm_backward(const Tensor& grad, const Tensor& x, const Tensor
                                const Tensor& invstd, const OptionalTensor& weight,
                                const OptionalTensor& bias, const OptionalTensor& mask,
                                const std::vector<bool>& output_mask);
+// What dx written over grad asks in addition.
+void check_overwrite(const Tensor& grad, const Tensor& x);
+// What the phases ask: x dense or not, with values; `name`d grad of its kind, per-channel tensors.
+void check_values(const Tensor& x);
+void check_phase(const char* name, const Tensor& grad, const Tensor& x, const Tensor& mean,
+                 const Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias);
 
 // The operators: one file each, in the folder of the device.
 std::tuple<Tensor, Tensor> add_relu_forward(Tensor x, Tensor residual, bool save_mask);
@@ -54,5 +60,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
     OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask);
+// The same with dx written over grad, if it is wanted, and empty in the result.
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
+    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask);
+std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor x);
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward_reduce(Tensor grad, Tensor x,
+                                                                  Tensor mean, Tensor invstd,
+                                                                  OptionalTensor weight,
+                                                                  OptionalTensor bias,
+                                                                  OptionalTensor mask, bool relu);
+Tensor batch_norm_act_backward_apply(Tensor masked, Tensor x, Tensor mean, Tensor invstd,
+                                     OptionalTensor weight, Tensor sum, Tensor dot, double count);
 
 }  // namespace resnet_fast

@@ -13,6 +13,7 @@
 #include "kernels/bn_apply.cuh"
 #include "kernels/bn_backward.cuh"
 #include "kernels/bn_stats.cuh"
+#include "launch/bn_fused.h"
 #include "launch/reduce.h"
 #include "launch/sweep.h"
 
@@ -69,6 +70,16 @@ Numbers sweep_plan(const std::string& dtype, const Shape& shape, int blocks_per_
   });
 }
 
+// blocks: 0 where the forward is not one launch.
+Numbers fused_plan(const std::string& dtype, const Shape& shape) {
+  return with_type(dtype, [&](auto tag) {
+    const FusedPlan plan = plan_fused<typename decltype(tag)::type>(shape);
+    return Numbers{{"blocks", plan.blocks},
+                   {"rows", plan.rows},
+                   {"slab_bytes", static_cast<int64_t>(plan.slab_bytes)}};
+  });
+}
+
 Numbers launch_plan(const std::string& kernel, const std::string& dtype, int64_t n, int64_t c,
                     int64_t inner, bool channels_last) {
   const Shape shape = make_shape(n, c, inner, channels_last);
@@ -77,9 +88,12 @@ Numbers launch_plan(const std::string& kernel, const std::string& dtype, int64_t
   if (kernel == "bn_stats") return reduce_plan<BnStats>(dtype, shape);
   if (kernel == "bn_grad") return reduce_plan<BnGrad>(dtype, shape);
   if (kernel == "bn_apply") return sweep_plan(dtype, shape, kBnApplyBlocksPerSm);
+  if (kernel == "bn_fused") return fused_plan(dtype, shape);
   if (kernel == "bn_grad_apply") return sweep_plan(dtype, shape, kBnGradApplyBlocksPerSm);
-  throw std::invalid_argument("kernel must be bn_stats, bn_grad, bn_apply or bn_grad_apply; got " +
-                              kernel);
+  throw std::invalid_argument(
+      "kernel must be bn_stats, bn_grad, bn_apply, bn_fused or "
+      "bn_grad_apply; got " +
+      kernel);
 }
 
 Numbers to_numbers(const emu::Counters& c) {

@@ -25,6 +25,7 @@ int cases();
 void test_emulator();
 void test_add_relu();
 void test_batch_norm();
+void test_phases();
 void test_traffic();
 
 inline const char* name_of(DType dtype) {

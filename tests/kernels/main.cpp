@@ -33,6 +33,7 @@ int main(int count, char** names) {
   const std::pair<const char*, void (*)()> suites[] = {{"emulator", test_emulator},
                                                        {"add_relu", test_add_relu},
                                                        {"batch_norm", test_batch_norm},
+                                                       {"phases", test_phases},
                                                        {"traffic", test_traffic}};
   for (const auto& [name, suite] : suites) {
     bool wanted = count == 1;

@@ -1,112 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include "batch_norm_case.h"
 #include "emulator/emulator.h"
-#include "harness.h"
 
 namespace resnet_fast::test {
 namespace {
-
-struct Case {
-  DType dtype = DType::kFloat32;
-  Shape shape;
-  bool training = true, residual = false, relu = true, affine = true, misaligned = false;
-  double mean = 0.3, deviation = 1;
-
-  int64_t elements() const { return elements_of(shape); }
-  int64_t per_channel() const { return shape.n * shape.inner; }
-  // Memory offset of value i of channel c.
-  int64_t at(int64_t c, int64_t i) const {
-    if (shape.layout == Layout::kChannelsLast) return i * shape.c + c;
-    return (i / shape.inner * shape.c + c) * shape.inner + i % shape.inner;
-  }
-  std::string name() const {
-    return std::string("batch_norm ") + name_of(dtype) + " N" + std::to_string(shape.n) + " C" +
-           std::to_string(shape.c) + " HW" + std::to_string(shape.inner) +
-           (shape.layout == Layout::kChannelsLast ? " channels_last" : " nchw") +
-           (training ? " training" : " eval") + (residual ? " residual" : "") +
-           (relu ? " relu" : "") + (affine ? "" : " no affine") +
-           (misaligned ? " misaligned" : "") + ": ";
-  }
-};
-
-// Everything one forward and backward touch, and the launches.
-struct Run {
-  Case c;
-  Tensor x, residual, y, weight, bias, running_mean, running_var, mean, invstd;
-  Tensor grad, dx, dresidual, dweight, dbias;
-  Buffer mask, scratch, scratch_backward;
-
-  explicit Run(const Case& c)
-      : c(c),
-        x(c.dtype, c.elements(), c.misaligned),
-        residual(c.dtype, c.residual ? c.elements() : 0),
-        y(c.dtype, c.elements()),
-        weight(accumulator_dtype(c.dtype), c.shape.c),
-        bias(accumulator_dtype(c.dtype), c.shape.c),
-        running_mean(accumulator_dtype(c.dtype), c.shape.c),
-        running_var(accumulator_dtype(c.dtype), c.shape.c),
-        mean(accumulator_dtype(c.dtype), c.shape.c),
-        invstd(accumulator_dtype(c.dtype), c.shape.c),
-        grad(c.dtype, c.elements()),
-        dx(c.dtype, c.elements(), c.misaligned),
-        dresidual(c.dtype, c.elements()),
-        dweight(accumulator_dtype(c.dtype), c.shape.c),
-        dbias(accumulator_dtype(c.dtype), c.shape.c),
-        mask(mask_bytes(c.elements())) {
-    x.fill_normal(1, c.mean, c.deviation);
-    residual.fill_normal(2);
-    weight.fill_normal(3, 1, 0.3);
-    bias.fill_normal(4, 0, 0.5);
-    running_mean.fill_normal(5);
-    running_var.fill_normal(6, 3, 0.2);
-    grad.fill_normal(7);
-  }
-  bool saves_mask() const { return c.residual && c.relu; }
-
-  BatchNormActParams forward_params() {
-    BatchNormActParams p;
-    p.dtype = c.dtype;
-    p.shape = c.shape;
-    p.x = x.data();
-    p.residual = c.residual ? residual.data() : nullptr;
-    p.y = y.data();
-    p.mask = saves_mask() ? static_cast<uint8_t*>(mask.data()) : nullptr;
-    p.weight = c.affine ? weight.data() : nullptr;
-    p.bias = c.affine ? bias.data() : nullptr;
-    p.running_mean = running_mean.data();
-    p.running_var = running_var.data();
-    p.mean = mean.data();
-    p.invstd = invstd.data();
-    p.training = c.training;
-    p.relu = c.relu;
-    scratch = Buffer(batch_norm_act_scratch_bytes(p));
-    p.scratch = scratch.data();
-    return p;
-  }
-  BatchNormActBackwardParams backward_params() {
-    BatchNormActBackwardParams p;
-    p.dtype = c.dtype;
-    p.shape = c.shape;
-    p.grad = grad.data();
-    p.x = x.data();
-    p.mean = mean.data();
-    p.invstd = invstd.data();
-    p.weight = c.affine ? weight.data() : nullptr;
-    p.bias = c.affine ? bias.data() : nullptr;
-    p.mask = saves_mask() ? static_cast<uint8_t*>(mask.data()) : nullptr;
-    p.dx = dx.data();
-    p.dresidual = c.residual ? dresidual.data() : nullptr;
-    p.dweight = dweight.data();
-    p.dbias = dbias.data();
-    p.training = c.training;
-    p.relu = c.relu;
-    return p;
-  }
-  Status backward(BatchNormActBackwardParams p) {
-    scratch_backward = Buffer(batch_norm_act_backward_scratch_bytes(p));
-    p.scratch = scratch_backward.data();
-    return launch_batch_norm_act_backward(p, nullptr);
-  }
-};
 
 // The largest error seen, in units of what is allowed; and what it was of.
 struct Worst {
@@ -134,10 +31,9 @@ void check_forward(Run& run, const std::vector<double>& old_mean,
   for (int64_t ch = 0; ch < c.shape.c; ++ch) {
     double mean = old_mean[ch], var = old_var[ch];
     if (c.training) {
-      mean = var = 0;
-      for (int64_t i = 0; i < c.per_channel(); ++i) mean += x[c.at(ch, i)] / n;
-      for (int64_t i = 0; i < c.per_channel(); ++i)
-        var += (x[c.at(ch, i)] - mean) * (x[c.at(ch, i)] - mean) / n;
+      const Moments exact = moments(c, x, ch);
+      mean = static_cast<double>(exact.mean);
+      var = static_cast<double>(exact.m2 / static_cast<long double>(n));
       running_worst.see(run.running_mean.get(ch), 0.9 * old_mean[ch] + 0.1 * mean,
                         4 * acc * (std::abs(mean) + 1));
       if (n > 1)
@@ -275,6 +171,47 @@ void test_nan(const Case& c) {
   check(right && std::isnan(run.invstd.get(1)), c.name() + "NaN");
 }
 
+// The forward in one launch: slabs with and without a rest of rows, up to the largest.
+void test_one_launch() {
+  const std::pair<int64_t, int64_t> sizes[] = {{2, 1}, {300, 1}, {5, 49}, {20, 49}, {1, 1024}};
+  int index = 0;
+  for (auto [n, inner] : sizes)
+    for (DType dtype : {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+      for (bool residual : {false, true}) {
+        emu::set_options({static_cast<uint64_t>(index), false, 4});
+        emu::reset_counters();
+        Case c;
+        c.dtype = dtype;
+        c.shape = {n, index % 3 ? 16 : 48, inner, Layout::kChannelsLast};
+        c.residual = residual;
+        c.relu = index % 5 != 0;
+        c.affine = index % 7 != 0;
+        if (index % 4 == 0) c.mean = 1e3;
+        test_case(c);
+        check(emu::counters("bn_fused").launches == 1 && emu::counters("bn_stats").launches == 0 &&
+                  emu::counters("bn_apply").launches == 0,
+              c.name() + "is not one launch");
+        ++index;
+      }
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    Case c;
+    c.dtype = dtype;
+    c.shape = {8, 32, 49, Layout::kChannelsLast};
+    c.residual = true;
+    test_seeds(c);
+    test_nan(c);
+    // One row more than shared memory holds, no whole words of the mask, no whole vectors.
+    for (Shape other : {Shape{1, 16, 2049, Layout::kChannelsLast},
+                        Shape{8, 24, 49, Layout::kChannelsLast}, Shape{8, 32, 49}}) {
+      emu::set_options({1, false, 4});
+      emu::reset_counters();
+      c.shape = other;
+      test_case(c);
+      check(emu::counters("bn_fused").launches == 0, c.name() + "is not for one launch");
+    }
+  }
+}
+
 // Division by multiplication is exact, and large dividends take the true one.
 void test_divider() {
   bool exact = true;
@@ -293,6 +230,7 @@ void test_divider() {
 
 void test_batch_norm() {
   test_divider();
+  test_one_launch();
   const DType dtypes[] = {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   const Layout layouts[] = {Layout::kContiguous, Layout::kChannelsLast};
   int index = 0;

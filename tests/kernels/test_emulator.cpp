@@ -53,6 +53,17 @@ void shared_beyond(const float*, float* out) {
   __syncthreads();
   store<Cache::kKeep>(out + threadIdx.x, load_shared(tile + threadIdx.x));
 }
+// Four floats a thread through shared memory, from kShift vectors further on.
+template <bool kWaits, int kShift>
+void copies(const float* in, float* out) {
+  RF_SHARED(float, tile, kBlock);
+  using Four = Vec<float, 4>;
+  if (threadIdx.x >= kBlock / 4) return;
+  auto* own = reinterpret_cast<Four*>(tile) + threadIdx.x;
+  copy_async(own, reinterpret_cast<const Four*>(in) + threadIdx.x + kShift);
+  if (kWaits) wait_for_copies();
+  store_vec<Cache::kKeep>(out + 4 * threadIdx.x, load_shared(own));
+}
 void misaligned_vector(const float* in, float* out) {
   store_vec<Cache::kKeep>(out + 4 * threadIdx.x, load_vec<Cache::kKeep, 4>(in + 1));
 }
@@ -161,6 +172,13 @@ void test_emulator() {
   test_counters();
 
   std::vector<float> in(kBlock, 0.5f), out(kBlock + 1, 0);
+  check(run("copies", copies<true, 0>, 1, in.data(), out.data()).ok() && out[0] == 0.5f &&
+            out[kBlock - 1] == 0.5f,
+        "emulator: asynchronous copies");
+  check(run("copies", copies<false, 0>, 1, in.data(), out.data()).ok() && std::isnan(out[0]) &&
+            std::isnan(out[kBlock - 1]),
+        "emulator: a copy that is not waited for is not caught");
+  out[kBlock] = 0;
   check(run("collectives", collectives, 1, in.data(), out.data(), 3).ok(), "emulator: collectives");
   bool right = out[kBlock] == kBlock;
   for (int i = 0; i < kBlock; ++i) right &= out[i] == 16;
@@ -174,6 +192,8 @@ void test_emulator() {
 #if defined(__SANITIZE_ADDRESS__)
   check(dies([&] { run("read_beyond", read_beyond, 1, in.data(), out.data()); }),
         "emulator: a read out of bounds is not caught");
+  check(dies([&] { run("copy_beyond", copies<true, 1>, 1, in.data(), out.data()); }),
+        "emulator: an asynchronous copy from out of bounds is not caught");
   check(dies([&] { run("shared_beyond", shared_beyond, 1, in.data(), out.data()); }),
         "emulator: a write beyond shared memory is not caught");
 #endif

@@ -160,13 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
     OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
   check_cpu("x", x);
   check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    STD_TORCH_CHECK(grad.size(d) == 1 || grad.stride(d) == x.stride(d),
-                    "grad must have x's strides to be overwritten; it has another in dimension ",
-                    d);
-  }
-  STD_TORCH_CHECK(x.is_contiguous() || is_channels_last(x),
-                  "x must be dense, contiguous or channels-last, for grad to be overwritten");
+  check_overwrite(grad, x);
   return backward(grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask, true);
 }
 

@@ -15,12 +15,6 @@ Tensor double_tensor(const Tensor& x, const Values& values) {
   return t;
 }
 
-void check_x(const Tensor& x) {
-  check_cpu("x", x);
-  STD_TORCH_CHECK(x.dim() >= 2, "x must have 2 or more dimensions (N, C, *); got ", shape_text(x));
-  STD_TORCH_CHECK(x.numel() > 0, "x must not be empty; got ", shape_text(x));
-}
-
 // What both phases of the backward are given: x and the gradient in one layout, coefficients.
 struct Backward {
   cpu::DType dtype;
@@ -32,12 +26,8 @@ struct Backward {
   static Backward of(const char* name, const Tensor& grad, const Tensor& x, const Tensor& mean,
                      const Tensor& invstd, const OptionalTensor& weight,
                      const OptionalTensor& bias) {
-    check_x(x);
-    check_same(name, grad, x);
-    check_channel("mean", mean, x);
-    check_channel("invstd", invstd, x);
-    if (weight) check_channel("weight", *weight, x);
-    if (bias) check_channel("bias", *bias, x);
+    check_cpu("x", x);
+    check_phase(name, grad, x, mean, invstd, weight, bias);
     const cpu::DType dtype = dtype_of(x, "x");
     const bool in_double = dtype == cpu::DType::kFloat64;
     const bool channels_last = is_channels_last(x);
@@ -58,7 +48,8 @@ struct Backward {
 }  // namespace
 
 std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor x) {
-  check_x(x);
+  check_cpu("x", x);
+  check_values(x);
   const cpu::DType dtype = dtype_of(x, "x");
   const bool channels_last = is_channels_last(x);
   x = to_layout(x, channels_last);

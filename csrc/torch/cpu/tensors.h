@@ -46,6 +46,7 @@ class Coefficients {
   std::vector<float> floats_;
 };
 
+<<<<<<< HEAD
 // batch_norm_act_backward that writes dx over grad; the CPU's alone.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
     Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
@@ -67,4 +68,6 @@ Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> kern
                  std::vector<int64_t> stride, std::vector<int64_t> padding, bool relu,
                  bool max_pool);
 
+=======
+>>>>>>> a73483348543ea03190c77b82b452d42c4dc80d2
 }  // namespace resnet_fast

@@ -63,11 +63,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
   return {y, mean, invstd, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
-    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
-  const OnDevice device(x, "x");
-  check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
+namespace {
+
+// Gradients for checked arguments. With `overwrite` dx is written over grad, and its place in the
+// result stays empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const OnDevice& device, Tensor grad, Tensor x, Tensor mean, Tensor invstd,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& mask,
+    bool training, bool relu, const std::vector<bool>& output_mask, bool overwrite) {
   const bool want_dx = output_mask[0], want_dresidual = output_mask[1];
   const bool want_dweight = output_mask[2], want_dbias = output_mask[3];
   BatchNormActBackwardParams p;
@@ -81,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   const auto of_x = [&](bool wanted) {
     return wanted ? torch::stable::empty_like(x) : nothing(x, x.scalar_type());
   };
-  Tensor dx = of_x(want_dx), dresidual = of_x(want_dresidual);
+  Tensor dx = overwrite && want_dx ? grad : of_x(want_dx), dresidual = of_x(want_dresidual);
   Tensor dweight = new_channel(x), dbias = new_channel(x);
 
   p.shape = shape_of(x, channels_last);
@@ -103,8 +106,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   check_status(launch_batch_norm_act_backward(p, device.stream()), "batch_norm_act_backward");
   const ScalarType parameter =
       weight ? weight->scalar_type() : (bias ? bias->scalar_type() : accumulate_type(x));
-  return {dx, dresidual, want_dweight ? as_type(dweight, parameter) : nothing(x, parameter),
+  return {overwrite ? nothing(x, x.scalar_type()) : dx, dresidual,
+          want_dweight ? as_type(dweight, parameter) : nothing(x, parameter),
           want_dbias ? as_type(dbias, parameter) : nothing(x, parameter)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
+    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
+  const OnDevice device(x, "x");
+  check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
+  return backward(device, grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask,
+                  false);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
+    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
+  const OnDevice device(x, "x");
+  check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
+  check_overwrite(grad, x);
+  return backward(device, grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask,
+                  true);
 }
 
 }  // namespace resnet_fast

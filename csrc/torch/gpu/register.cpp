@@ -11,6 +11,10 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CUDA, m) {
   m.impl("add_relu_backward", TORCH_BOX(&resnet_fast::add_relu_backward));
   m.impl("batch_norm_act_forward", TORCH_BOX(&resnet_fast::batch_norm_act_forward));
   m.impl("batch_norm_act_backward", TORCH_BOX(&resnet_fast::batch_norm_act_backward));
+  m.impl("batch_norm_act_backward_", TORCH_BOX(&resnet_fast::batch_norm_act_backward_));
+  m.impl("batch_norm_statistics", TORCH_BOX(&resnet_fast::batch_norm_statistics));
+  m.impl("batch_norm_act_backward_reduce", TORCH_BOX(&resnet_fast::batch_norm_act_backward_reduce));
+  m.impl("batch_norm_act_backward_apply", TORCH_BOX(&resnet_fast::batch_norm_act_backward_apply));
 }
 
 #if !defined(RF_EMULATE)

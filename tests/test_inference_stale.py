@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weights that change after optimize_for_inference (USES U16), refresh, and hooks."""
+"""Weights that change after optimize_for_inference (USES U16), and refresh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from inference_cases import agrees, image, lively
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations
 
 import resnet_fast as rf
 
@@ -114,17 +114,6 @@ def test_pruning_and_parametrizations() -> None:
     agrees(fast, model, X)
 
 
-def test_pruning_masks_are_hooks() -> None:
-    """torch.nn.utils.prune works by a forward pre-hook: the module runs as it is, and says so."""
-    model = small()
-    prune.random_unstructured(model.conv1, "weight", amount=0.5)
-    fast = rf.optimize_for_inference(model, X)
-    assert "hooks on conv1" in str(rf.explain(fast))
-    with torch.no_grad():
-        model.eval()(X)  # deepcopy, for the comparison, wants a weight without a graph
-    agrees(fast, model, X)
-
-
 def test_the_model_is_not_kept_alive() -> None:
     model = small()
     right = model.eval()(X).detach()
@@ -146,18 +135,6 @@ def test_copies_are_private() -> None:
             tensor.zero_()
     assert torch.equal(fast(X), right), "the result reads the model's own tensors"
     assert watch.changed() is not None
-
-
-def test_hooks_run_and_are_said() -> None:
-    model = small()
-    seen: list[tuple[int, ...]] = []
-    model.layer1[0].register_forward_hook(lambda m, args, y: seen.append(tuple(y.shape)))
-    model.layer2[0].register_forward_hook(lambda m, args, y: y * 2)
-    fast = rf.optimize_for_inference(model, X)
-    assert seen == [], "tracing ran the hooks"
-    agrees(fast, model, X)
-    assert seen[0] == (2, 16, 32, 32)
-    assert "forward hooks on layer1.0, layer2.0" in str(rf.explain(fast))
 
 
 def test_refresh_with_other_things() -> None:

@@ -222,7 +222,7 @@ class _Record:
 
     def different(self, module: nn.Module) -> str | None:
         """The key of a parameter, buffer or child that is another one now; "(hooks)" for hooks."""
-        kinds = (module._parameters, module._buffers)
+        kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for kind, entries in zip(kinds, self._tensors, strict=True):
             for key, tensor, version, address in entries:
                 now = kind.get(key)

@@ -51,9 +51,12 @@ NAMES = ["conv1", "bn1", "relu", "layer1", "layer1.1", "layer2.0.conv2", "layer2
          "layer3.1.bn2", "avgpool", "fc", ""]  # fmt: skip
 
 
-@pytest.mark.parametrize("names", [[name] for name in NAMES] + [NAMES], ids=lambda n: ",".join(n))
-@pytest.mark.parametrize("kind", ["torchvision", "ours"])
-def test_a_hook_sees_true_tensors_once_and_in_order(names: list[str], kind: str) -> None:
+CASES = [("torchvision", NAMES), ("ours", NAMES)]
+CASES += [("ours", [name]) for name in ("conv1", "relu", "layer2.0.bn1", "layer1", "")]
+
+
+@pytest.mark.parametrize(("kind", "names"), CASES)
+def test_a_hook_sees_true_tensors_once_and_in_order(kind: str, names: list[str]) -> None:
     if kind == "torchvision":
         models = shims.torchvision_or_skip().models
         model = lively(models.resnet18(num_classes=5)).eval()
@@ -62,8 +65,7 @@ def test_a_hook_sees_true_tensors_once_and_in_order(names: list[str], kind: str)
         model = small()
     have = dict(model.named_modules())
     names = [name for name in names if name in have]
-    if not names:
-        pytest.skip("the model has no such module")
+    assert names
     ours = Recorder(names)
     hooked = ours.on(copy.deepcopy(model))
     fast = rf.optimize_for_inference(hooked, X)

@@ -225,7 +225,7 @@ class _Record:
         kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for kind, entries in zip(kinds, self._tensors, strict=True):
             for key, tensor, version, address in entries:
-                now = kind.get(key)
+                now: Any = kind.get(key)
                 if (
                     now is None
                     or now is not tensor()

@@ -206,7 +206,7 @@ class _Record:
     """What one module was."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._tensors = [
+        self._tensors: list[list[tuple[str, Any, int, int]]] = [
             [
                 (key, weakref.ref(t), -1 if t.is_inference() else t._version, t.data_ptr())
                 for key, t in kind.items()

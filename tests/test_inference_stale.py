@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import resnet_fast as rf
+from resnet_fast.inference.watch import Watch
 
 X = image(2, 3, 32, 32)
 
@@ -86,6 +87,51 @@ def test_changed_weights_are_never_stale(name: str) -> None:
         fast(X)
     fast.refresh(model)
     agrees(fast, model, X)
+
+
+class Mixed(nn.Module):
+    """Parameters of several element sizes, one a view that starts in the middle of a storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two_bytes = nn.Parameter(torch.arange(7).to(torch.bfloat16))
+        self.four_bytes = nn.Parameter(torch.arange(9.0)[1:].view(2, 2, 2))
+        self.eight_bytes = nn.Parameter(torch.full((3,), float("nan"), dtype=torch.float64))
+        self.strided = nn.Parameter(torch.arange(12.0).view(3, 4)[:, 1:3])
+        self.empty = nn.Parameter(torch.zeros(0))
+
+
+@pytest.mark.parametrize("name", ["two_bytes", "four_bytes", "eight_bytes", "strided"])
+def test_values_written_through_data_are_noticed_in_every_dtype(name: str) -> None:
+    model = Mixed()
+    watch = Watch(model)
+    assert watch.changed() is None
+    parameter = getattr(model, name)
+    before = parameter._version
+    parameter.data.zero_().add_(40)
+    assert parameter._version == before, "PyTorch counts this: the samples are not what noticed"
+    assert watch.changed() == name
+
+
+def test_another_order_of_the_same_parameters_is_no_change() -> None:
+    model = nn.Linear(3, 2)
+    watch = Watch(model)
+    weight = model.weight
+    del model.weight
+    model.weight = weight
+    assert watch.changed() is None
+    weight.data = weight.data.clone()
+    assert watch.changed() == "weight"
+
+
+def test_a_buffer_that_is_none_and_one_that_goes() -> None:
+    model = nn.BatchNorm2d(3, affine=False)
+    model.register_buffer("extra", torch.ones(1))
+    owner = nn.Sequential(model)
+    watch = Watch(owner)
+    assert watch.changed() is None
+    model.extra = None
+    assert watch.changed() == "0.extra"
 
 
 def test_a_module_put_in_another_ones_place() -> None:

@@ -155,6 +155,7 @@ def inference_tables(rows: list[Row]) -> list[Table]:
             memory = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:.0f}"
             name = f"{row['provider']} {row['layout']}"
             speed = f"{row['images_s']:.1f}"
+            name += f" ({row['note']})" if "note" in row else ""
             table.add_row(name, _seconds(row["p50"]), _seconds(row["p95"]), speed, memory)
         ours = _by_provider(group).get("ours", {})
         if "best_rival" in ours:
@@ -162,6 +163,22 @@ def inference_tables(rows: list[Row]) -> list[Table]:
             table.caption = f"ours: {best}, {_ratio(ours['ratio_vs_eager'])} eager"
         tables.append(table)
     return tables
+
+
+def left_out_lines(failed: list[Row], measured: list[Row]) -> list[str]:
+    """One line for each rival that could not run and has not run since."""
+
+    def key(row: Row) -> tuple[str, ...]:
+        fields = ("name", "shape", "dtype", "provider", "layout")
+        return tuple(str(row[field]) for field in fields)
+
+    newer = {key(row): row["time"] for row in measured}
+    return [
+        f"{row['name']} {'x'.join(map(str, row['shape']))} {row['dtype']}: {row['provider']} "
+        f"{row['layout']} left out: {row['error']}"
+        for row in failed
+        if newer.get(key(row), "") < row["time"]
+    ]
 
 
 def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
@@ -185,5 +202,7 @@ def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
                 console.print(cross_table(found))
         if "inference" in kinds:
             console.print(*inference_tables(kinds["inference"]), sep="\n")
+        for line in left_out_lines(kinds.get("failed", []), kinds.get("inference", [])):
+            console.print(line, highlight=False, markup=False)
         if "memory" in kinds:
             console.print(memory_table(kinds["memory"]))

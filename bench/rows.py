@@ -15,10 +15,13 @@ Kinds and what they add:
 - ``model``   one training step: p20 p50 p80, rounds, ratios (eager is of the same layout)
 - ``memory``  memory_bytes: activations saved for backward, by unique storage
 - ``inference``  one call in eval mode: p50 p95 (s), images_s, rounds, memory_bytes (how far
-              resident memory rises); ours also ratio_vs_best, best_rival, ratio_vs_eager
+              resident memory rises), difference (from float32 eager, relative, in norm), note
+              where a rival is not quite what its dtype says; ours also ratio_vs_best, best_rival,
+              ratio_vs_eager. dtype "int8" has eager in float32 beside it
+- ``failed``  a rival that could not run, with its ``error``
 
 Rows of a GPU have ``card``, ``driver`` and ``cuda`` as well, ``graph`` (whether a CUDA graph was
-replayed) and, where a rival could not run, kind ``failed`` with its ``error``.
+replayed).
 """
 
 from __future__ import annotations

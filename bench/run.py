@@ -33,12 +33,16 @@ def jobs_of(options: Namespace) -> list[Job]:
     wanted = [name for name in (*SECTIONS, "inference") if getattr(options, name)]
     if options.all or not wanted:
         wanted = list(SECTIONS)
-    dtypes = ("float32", "bfloat16") if options.dtype == "all" else (options.dtype,)
+    if options.dtype == "int8" and wanted != ["inference"]:
+        raise UserError("--dtype int8 is a dtype of --inference alone")
+    dtypes: tuple[str, ...] = (options.dtype,)
+    if options.dtype == "all":
+        dtypes = ("float32", "bfloat16", "int8")
     allocators = ALLOCATORS if options.allocator == "both" else (options.allocator,)
     return [
         Job(
             sections=(section,),
-            dtypes=dtypes,
+            dtypes=tuple(d for d in dtypes if d != "int8" or section == "inference"),
             allocator=allocator,
             batch=options.batch,
             threads=options.threads,

@@ -115,7 +115,8 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     how.add_argument("--quick", action="store_true", help=quick)
     how.add_argument("--batch", type=positive, default=16, help="images (default: 16)")
     how.add_argument("--threads", type=positive, default=2, help="default: 2")
-    how.add_argument("--dtype", choices=("float32", "bfloat16", "all"), default="all")
+    dtypes = ("float32", "bfloat16", "int8", "all")
+    how.add_argument("--dtype", choices=dtypes, default="all", help="int8: of --inference only")
     how.add_argument("--allocator", choices=("default", "tuned", "both"), default="both")
     without = "leave torch.compile out (it takes minutes to compile)"
     how.add_argument("--no-compile", dest="compile", action="store_false", help=without)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ job = cli.load_bench("job")
 kernels = cli.load_bench("kernels")
 models = cli.load_bench("models")
 comparison = cli.load_bench("comparison")
+inference = cli.load_bench("inference")
 plot = cli.load_bench("plot")
 run = cli.load_bench("run")
 
@@ -239,6 +241,19 @@ def test_jobs_of_the_options() -> None:
     everything = [(s, a) for s in ("ops", "models") for a in ("default", "tuned")]
     assert jobs() == jobs("--all") == [*everything, ("memory", "default")]
     assert jobs("--ops", "--allocator", "tuned") == [("ops", "tuned")]
+    assert jobs("--inference") == [("inference", "default")]
+
+
+def test_int8_is_a_dtype_of_inference_alone() -> None:
+    def dtypes(*arguments: str) -> list[tuple[str, ...]]:
+        made = run.jobs_of(cli.parser().parse_args(["bench", *arguments]))
+        return [one.dtypes for one in made]
+
+    assert dtypes("--inference") == [("float32", "bfloat16", "int8")]
+    assert dtypes("--inference", "--dtype", "int8") == [("int8",)]
+    assert set(dtypes("--ops", "--models")) == {("float32", "bfloat16")}
+    with pytest.raises(cli.UserError, match="--inference alone"):
+        dtypes("--ops", "--dtype", "int8")
 
 
 def test_default_means_the_default_allocator(
@@ -255,6 +270,73 @@ def test_last_words_name_the_error() -> None:
     assert run.last_words(words) == "torch._inductor.exc.InductorError: no compiler"
     assert run.last_words("Killed\n") == "Killed"
     assert run.last_words("") == "no message"
+
+
+# ---- inference ---------------------------------------------------------------------------------
+def inference_rows(monkeypatch: pytest.MonkeyPatch, *dtypes: str) -> list[dict[str, Any]]:
+    """Rows of the inference benchmark on a tiny network, two pictures a dtype."""
+
+    def tiny(name: str) -> tuple[torch.nn.Module, str]:
+        torch.manual_seed(0)
+        nn = torch.nn
+        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2)]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5)), "test"
+
+    monkeypatch.setattr(inference, "plain_resnet", tiny)
+    monkeypatch.setattr(inference, "_cells", lambda job: [("tiny", 2, d) for d in job.dtypes])
+    found: list[dict[str, Any]] = []
+    work = job.Job(("inference",), dtypes, "default", threads=1, compile=False, quick=True)
+    inference.run_inference(work, found.append, lambda *_: None)
+    return found
+
+
+RIVALS = {"eager nchw", "eager channels_last", "jit channels_last", "compile channels_last",
+          "onnxruntime nchw", "openvino nchw", "ours channels_last"}  # fmt: skip
+
+
+def test_every_inference_rival_is_a_row_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = inference_rows(monkeypatch, "float32", "bfloat16", "int8")
+    for dtype in ("float32", "bfloat16", "int8"):
+        of = {f"{r['provider']} {r['layout']}": r for r in found if r["dtype"] == dtype}
+        assert set(of) == RIVALS | ({"autocast channels_last"} if dtype == "bfloat16" else set())
+        failed = {name: row["error"] for name, row in of.items() if row["kind"] == "failed"}
+        assert "--no-compile" in failed.get("compile channels_last", "") or dtype == "int8"
+        for name, row in of.items():
+            if name not in failed:
+                assert 0 < row["p50"] <= row["p95"]
+                assert row["images_s"] == 2 / row["p50"]
+                assert 0 <= row["difference"] <= inference.TOLERANCE[dtype]
+        if dtype == "int8":
+            assert "does not quantise" in failed["jit channels_last"]
+        else:
+            assert of["ours channels_last"]["ratio_vs_eager"] > 0
+    assert {(r["name"], r["mode"], tuple(r["shape"])) for r in found} == {
+        ("tiny", "eval", (2, 3, 64, 64))
+    }
+
+
+def test_a_missing_or_wrong_inference_rival_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    wrong = torch.zeros(2, 5)
+    monkeypatch.setattr(inference.Rivals, "_jit", lambda self: lambda x: wrong)
+    found = inference_rows(monkeypatch, "float32")
+    failed = {row["provider"]: row["error"] for row in found if row["kind"] == "failed"}
+    assert set(failed) == {"compile", "onnxruntime", "openvino", "jit"}
+    assert "onnxruntime is not installed" in failed["onnxruntime"]
+    assert "differs from eager" in failed["jit"]
+    monkeypatch.setattr(inference.Rivals, "_ours", lambda self: lambda x: wrong)
+    with pytest.raises(RuntimeError, match="ours channels_last float32: differs"):
+        inference_rows(monkeypatch, "float32")
+
+
+def test_reasons_are_shown_until_the_rival_has_run() -> None:
+    failed = a_row(kind="failed", provider="openvino", error="not there", time="2026-01-02")
+    (line,) = comparison.left_out_lines([failed], [a_row(provider="openvino", time="2026-01-01")])
+    assert line.endswith("openvino channels_last left out: not there")
+    assert (
+        comparison.left_out_lines([failed], [a_row(provider="openvino", time="2026-01-03")]) == []
+    )
 
 
 # ---- end to end ----------------------------------------------------------------------------------

@@ -41,9 +41,11 @@ def optimize_for_inference(
     calibration: for "int8" only: batches of images, or of (images, ...), that can be gone through
         more than once, as a list or a DataLoader can.
 
-    Parameters of the result are private copies. A later change of the model's weights makes its
-    calls raise RuntimeError until ``refresh(model)``. What cannot be folded or traced runs as it
-    is, and ``explain()`` says why. Raises TypeError or ValueError for bad arguments.
+    Parameters of the result are private copies. A later change of the model's weights or hooks
+    makes its calls raise RuntimeError until ``refresh(model)``. A module with forward hooks is
+    called for what it is, on a private copy, and the rest is folded; a hook that changes weights or
+    gives another shape makes the call raise RuntimeError. What cannot be folded or traced runs as
+    it is, and ``explain()`` says why. Raises TypeError or ValueError for bad arguments.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")

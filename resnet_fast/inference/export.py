@@ -43,6 +43,9 @@ def fold(model: nn.Module, example_input: Tensor) -> Folded:
     trace = optimized.trace
     if trace is None:
         raise ValueError(f"the model cannot be exported: {optimized.explain().rows[0].reason}")
+    if trace.points:
+        names = dict.fromkeys(point.name or "(model)" for point in trace.points)
+        raise ValueError(f"the model cannot be exported: forward hooks on {', '.join(names)}")
     if len(trace.inputs) != 1:
         raise ValueError(f"the model must have one input to be exported; it has {trace.inputs}")
     return Folded(_Copier(trace, model, optimized.dtype).module(), trace.out_spec).eval()

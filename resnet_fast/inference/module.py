@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
@@ -15,9 +16,10 @@ from resnet_fast.inference import cpu
 from resnet_fast.inference.batches import pieces, samplewise
 from resnet_fast.inference.fold import MAX_SIZES
 from resnet_fast.inference.fuse import fuse, fused_conv, module_name
+from resnet_fast.inference.hooks import Caller, Point, hook_call, hooked_modules, make_call
 from resnet_fast.inference.program import compile_graph, evaluate_constants
 from resnet_fast.inference.table import Row, Table
-from resnet_fast.inference.trace import NotTraceable, Trace, capture, check_shape, hooked
+from resnet_fast.inference.trace import NotTraceable, Trace, capture, check_shape
 from resnet_fast.inference.trace import private_copy as copy_of
 from resnet_fast.inference.watch import Watch
 
@@ -26,8 +28,8 @@ class OptimizedModule(nn.Module):
     """What ``model.eval()`` computes, from folded and packed private copies of its weights.
 
     Made by ``resnet_fast.optimize_for_inference``. Runs without gradients, from any number of
-    threads at once. Raises RuntimeError where the model's weights changed since (see refresh) and
-    ValueError for inputs that the trace does not hold for.
+    threads at once. Raises RuntimeError where the model's weights or hooks changed since (see
+    refresh) and ValueError for inputs that the trace does not hold for.
     """
 
     _run: Callable[..., Any]
@@ -43,10 +45,12 @@ class OptimizedModule(nn.Module):
         cpu.let_malloc_keep()
         self.trace: Trace | None = None
         self._signature: list[Any] = []
+        self._hooks: list[tuple[str, bool, bool]] = []
         self._build(model)
 
     def refresh(self, model: nn.Module) -> None:
-        """Fold and pack ``model``'s weights anew; the same architecture, with whatever weights.
+        """Fold and pack ``model``'s weights anew; the same architecture, with whatever weights
+        and hooks.
 
         Raises ValueError where the parameters are not those of the model folded before; then
         nothing is changed. Calls that run in other threads meanwhile finish with the old weights.
@@ -64,7 +68,7 @@ class OptimizedModule(nn.Module):
         if changed is not None:
             raise RuntimeError(
                 f"the model's {changed} changed after optimize_for_inference: call "
-                "refresh(model) on the optimized module to take the new weights over"
+                "refresh(model) on the optimized module to take it over"
             )
         with torch.no_grad():
             return self._run(*inputs)
@@ -74,23 +78,20 @@ class OptimizedModule(nn.Module):
         """Everything is made before anything is replaced."""
         watch = Watch(model)
         signature = _signature(model)
-        if self.trace is not None and signature != self._signature:
+        if self._signature and signature != self._signature:
             raise ValueError(
                 "model is not the one that was optimized: its modules or the shapes of its "
                 "parameters differ; call optimize_for_inference again"
             )
-        hooks = hooked(model)
-        if hooks:
-            run, rows = self._as_module(model, f"forward hooks on {', '.join(hooks[:3])}")
+        hooks = hooked_modules(model)
+        trace = self.trace if hooks == self._hooks else None
+        try:
+            trace = trace or self._traced(model)
+            run, rows = self._compile(trace, model)
+        except NotTraceable as error:
+            run, rows = self._as_module(model, str(error))
             trace = None
-        else:
-            try:
-                trace = self.trace or self._traced(model)
-                run, rows = self._compile(trace, model)
-            except NotTraceable as error:
-                run, rows = self._as_module(model, str(error))
-                trace = None
-        self.trace, self._signature, self._rows = trace, signature, rows
+        self.trace, self._signature, self._hooks, self._rows = trace, signature, hooks, rows
         self._watch, self._run = watch, run
 
     def _traced(self, model: nn.Module) -> Trace:
@@ -121,13 +122,25 @@ class OptimizedModule(nn.Module):
             for n, v in values.items()
             if any(user.target is not fused_conv for user in n.users)
         }
-        run = compile_graph(trace.graph, trace.inputs, values | rest, make_conv)
+        calls, guard = self._hook_calls(trace, model)
+        run = compile_graph(trace.graph, trace.inputs, values | rest, make_conv, calls)
+        rows += [_hook_row(point) for point in trace.points]
         rows += [
             Row(module_name(n), str(n.target), "PyTorch", "")
             for n in trace.graph.nodes
-            if n.op == "call_function" and n.target is not fused_conv and n not in trace.known
+            if n.op == "call_function"
+            and n not in trace.known
+            and n.target not in (fused_conv, hook_call, operator.getitem)
         ]
-        return _Call(run, trace, self.dtype, self.compute), rows
+        return _Call(run, trace, self.dtype, self.compute, guard), rows
+
+    def _hook_calls(self, trace: Trace, model: nn.Module) -> tuple[list[Caller], _Guard | None]:
+        """What the trace's hook_calls call, in a private copy with hooks, and the copy's guard."""
+        if not trace.points:
+            return [], None
+        twin = copy_of(model).to(self.compute)
+        calls = [make_call(point, twin, trace.shapes) for point in trace.points]
+        return calls, _Guard(twin)
 
     def _as_module(self, model: nn.Module, why: str) -> tuple[Callable[..., Any], list[Row]]:
         logger.warning("optimize_for_inference: the model runs as it is: %s", why)
@@ -168,8 +181,9 @@ class _Call:
         trace: Trace,
         dtype: torch.dtype,
         compute: torch.dtype,
+        guard: _Guard | None,
     ) -> None:
-        self._function, self._trace = run, trace
+        self._function, self._trace, self._guard = run, trace, guard
         self._dtype, self._compute = dtype, compute
         self._seen: dict[Any, list[int]] = {}
         self._out_spec = trace.out_spec
@@ -195,6 +209,8 @@ class _Call:
             outputs = [torch.cat(group) for group in zip(*parts)]  # noqa: B905
         else:
             outputs = self._function(*map(self._ready, leaves))
+        if self._guard is not None:
+            self._guard.check()
         if self._dtype is not self._compute:
             outputs = [
                 y.to(self._dtype) if isinstance(y, Tensor) and y.dtype is self._compute else y
@@ -223,6 +239,30 @@ class _Call:
         if x.dim() == 4:
             return x.to(self._compute, memory_format=torch.channels_last)
         return x.to(self._compute)
+
+
+class _Guard:
+    """What is folded does not see what a hook writes to the modules it is given."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        self._twin, self._watch = twin, Watch(twin)
+
+    def check(self) -> None:
+        changed = self._watch.changed()
+        if changed is not None:
+            raise RuntimeError(
+                f"a forward hook changed {changed} of its private copy, which is folded: hooks "
+                "may read and replace what passes; for this one call the model itself"
+            )
+
+
+def _hook_row(point: Point) -> Row:
+    """The table's row of a hooked module."""
+    name = point.name or "(model)"
+    if point.kind == "module":
+        return Row(name, "module", "module", "called as it is: it has forward hooks")
+    what = "what goes in" if point.kind == "before" else "what comes out"
+    return Row(name, "forward hooks", "hooks", f"called with {what}; its inside is folded")
 
 
 def _is_tensor(x: Any) -> bool:

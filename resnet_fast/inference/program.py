@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from resnet_fast.inference.fold import ConvSpec
 from resnet_fast.inference.fuse import fused_conv
+from resnet_fast.inference.hooks import Caller, hook_call
 
 # From (spec, its folded weight and bias in float64) to the function of (x) or (x, residual).
 ConvMaker = Callable[[ConvSpec, Mapping[fx.Node, Any]], Callable[..., Tensor]]
@@ -55,8 +56,12 @@ def compile_graph(
     inputs: list[str],
     constants: Mapping[fx.Node, Any],
     make_conv: ConvMaker,
+    hook_calls: Sequence[Caller] = (),
 ) -> Callable[..., Any]:
-    """The graph as a function of its inputs, returning the list of its outputs."""
+    """The graph as a function of its inputs, returning the list of its outputs.
+
+    hook_calls: what each hook_call calls, by its number.
+    """
     writer = Writer(constants)
     places = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     for number, name in enumerate(inputs):
@@ -69,6 +74,10 @@ def compile_graph(
                 x, residual, spec = node.args[:3]
                 args = [x] if residual is None else [x, residual]
                 writer.call(node, make_conv(spec, constants), args, {})
+            elif node.target is hook_call:
+                tensors, results, point, sources = node.args
+                args = [tensors, results, *sources]
+                writer.call(node, hook_calls[point], args, {})
             else:
                 writer.call(node, node.target, node.args, node.kwargs)
             _release(writer, node)

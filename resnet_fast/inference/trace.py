@@ -13,6 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from resnet_fast.inference.hooks import (
+    NotFoldable,
+    Point,
+    Tracer,
+    place_calls,
+    refuse_shared_writes,
+)
+
 aten = torch.ops.aten
 
 
@@ -26,7 +34,8 @@ class Trace:
 
     graph: no node writes to a tensor. state: placeholder -> qualified name in the model.
     constants: placeholder -> tensor that is no parameter or buffer. inputs: placeholders of the
-    call, in order of the flattened arguments. shapes: of the inputs, with sympy symbols.
+    call, in order of the flattened arguments. shapes: of the inputs, with sympy symbols. points:
+    what the graph's hook_call nodes stand for.
     """
 
     graph: fx.Graph
@@ -38,6 +47,7 @@ class Trace:
     ranges: dict[Any, Any]
     known: set[fx.Node] = field(default_factory=set)  # nodes that depend on no input; by fuse()
     shapes: list[tuple[Any, ...] | None] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -59,33 +69,31 @@ def private_copy(model: nn.Module) -> nn.Module:
     return twin.eval().requires_grad_(False)
 
 
-def hooked(model: nn.Module) -> list[str]:
-    """Names of the modules with forward hooks: what a hook does is not in a graph."""
-    return [
-        name or "(model)"
-        for name, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks
-    ]
-
-
 def capture(model: nn.Module, example: Tensor) -> Trace:
     """Trace ``model`` (in eval mode, private) with every size of ``example`` free where it can be.
 
-    Raises NotTraceable with the reason.
+    Takes the hooks off ``model``. Raises NotTraceable with the reason.
     """
     # A size of 1 would be taken as a constant.
     shape = [max(size, 2) if dim == 0 else size for dim, size in enumerate(example.shape)]
     sample = torch.zeros(shape, dtype=example.dtype, device=example.device)
     sizes = {dim: torch.export.Dim.AUTO for dim in range(example.dim()) if dim != 1}
+    tracer = Tracer(model)
     try:
         with torch.no_grad():
             program = torch.export.export(model, (sample,), dynamic_shapes=(sizes,), strict=False)
+            refuse_shared_writes(program.graph_module.graph, tracer.points, fresh)
             if not _make_functional(program.graph_module.graph):
                 program = program.run_decompositions({})
+    except NotFoldable as error:
+        raise NotTraceable(str(error)) from error
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         raise NotTraceable(f"torch.export: {type(error).__name__}: {reason[0][:200]}") from error
-    return _trace_of(program)
+    trace = _trace_of(program)
+    trace.points = tracer.points
+    place_calls(trace.graph, trace.points, trace.inputs)
+    return trace
 
 
 def _trace_of(program: Any) -> Trace:

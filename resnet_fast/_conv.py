@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SCHEMAS = (
-    # weight: what pack_winograd makes. bias: (C_out,), C_in and C_out multiples of 16. tile: outputs
-    # a side of a tile, 2 or 4.
-    "conv_winograd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[2] padding, int tile,"
-    " bool relu) -> Tensor",
+    # weight: what pack_winograd makes. bias: (C_out,), C_in and C_out multiples of 16. tile:
+    # outputs a side of a tile, 2 or 4.
+    "conv_winograd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[2] padding,"
+    " int tile, bool relu) -> Tensor",
     # The same, written over residual.
     "conv_winograd_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor bias, int[2] padding,"
     " int tile, bool relu) -> ()",

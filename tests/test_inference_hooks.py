@@ -29,7 +29,7 @@ def small() -> Any:
 def convs(fast: Any) -> list[str]:
     """Modules whose convs are packed."""
     rows = rf.explain(fast).rows
-    return [row.module for row in rows if row.implementation == cpu.PACKED]
+    return [row.module for row in rows if row.implementation in cpu.FAST]
 
 
 class Recorder:

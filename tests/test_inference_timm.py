@@ -45,7 +45,7 @@ def test_agrees_and_folds(name: str) -> None:
     model = lively(timm.create_model(name.split()[0], pretrained=False, **options)).eval()
     fast = rf.optimize_for_inference(model, X)
     assert fast.trace is not None, str(rf.explain(fast))
-    packed = [row for row in rf.explain(fast).rows if row.implementation == cpu.PACKED]
+    packed = [row for row in rf.explain(fast).rows if row.implementation in cpu.FAST]
     assert len(packed) == count(model, nn.Conv2d) + more
     assert sum(row.step.count("bn") for row in packed) == count(model, nn.BatchNorm2d) - left
     agrees(fast, model, X)

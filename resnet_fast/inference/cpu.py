@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Convs on the CPU: our Winograd, or oneDNN with pre-packed weights and fused bias, sum and ReLU.
 
-oneDNN's operators are those that PyTorch ships for torch.compile. They are private: where one is missing
-or refuses the weights, F.conv2d runs, followed by the sum and the ReLU in place.
+oneDNN's operators are those that PyTorch ships for torch.compile. They are private: where one is
+missing or refuses the weights, F.conv2d runs, followed by the sum and the ReLU in place.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from resnet_fast import _conv
 from resnet_fast.inference import winograd
 from resnet_fast.inference.fold import MAX_SIZES, ConvSpec, folded
 
 PACKED, PLAIN = "oneDNN, packed", "F.conv2d"
 WINOGRAD = "Winograd, or oneDNN for small maps"
+STEM = "stem, pooled line by line"
+FAST = (PACKED, WINOGRAD, STEM)
+FEW_CHANNELS = 8  # of a picture: more, and gathering its rows costs less than it saves
 
 
 def compute_dtype(dtype: torch.dtype) -> tuple[torch.dtype, str]:
@@ -73,7 +77,15 @@ def make_conv(
     weight, bias = folded(spec, values)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    why = why_not_packed(dtype)
+    if spec.max_pool:
+        return _pooled(spec, weight, bias)
+    return _unpooled(spec, weight, bias)
+
+
+def _unpooled(
+    spec: ConvSpec, weight: Tensor, bias: Tensor | None
+) -> tuple[Callable[..., Tensor], str, str]:
+    why = why_not_packed(weight.dtype)
     if winograd.suits(spec, weight):
         other = _plain if why else _packed
         direct = functools.partial(other, spec, weight, bias)
@@ -84,6 +96,25 @@ def make_conv(
         except RuntimeError as error:
             why = f"oneDNN did not pack the weights: {str(error).splitlines()[0]}"
     return _plain(spec, weight, bias), PLAIN, why
+
+
+def _pooled(
+    spec: ConvSpec, weight: Tensor, bias: Tensor | None
+) -> tuple[Callable[..., Tensor], str, str]:
+    """With the max-pooling: in one, where the input has few channels, or one after the other."""
+    if weight.shape[1] > FEW_CHANNELS or not winograd.is_plain(spec, weight):
+        conv, how, why = _unpooled(spec, weight, bias)
+        return lambda x: F.max_pool2d(conv(x), 3, 2, 1), how, why
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    packed = _conv.pack(weight)
+    rest = (list(weight.shape[2:]), spec.stride, spec.padding, spec.relu, True)
+    op = torch.ops.resnet_fast.conv_stem.default
+
+    def conv_pool(x: Tensor) -> Tensor:
+        y: Tensor = op(x, packed, bias, *rest)
+        return y
+
+    return conv_pool, STEM, ""
 
 
 def _packed(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:

@@ -27,7 +27,7 @@ class Norm:
 
 @dataclass(eq=False)
 class ConvSpec:
-    """One conv and all that is fused with it: y = act(norms(conv(x) + bias) + residual)."""
+    """One conv and all that is fused with it: y = pool(act(norms(conv(x) + bias) + residual))."""
 
     name: str
     weight: fx.Node
@@ -40,12 +40,13 @@ class ConvSpec:
     residual: bool = False
     inplace: bool = False
     relu: bool = False
+    max_pool: bool = False  # of 3x3, stride 2, padding 1
 
     def label(self) -> str:
         """For the table: conv + bn + add + relu."""
         parts = ["conv", *["bn"] * len(self.norms)]
         parts += ["add (in place)" if self.inplace else "add"] * self.residual
-        return " + ".join([*parts, *["relu"] * self.relu])
+        return " + ".join([*parts, *["relu"] * self.relu, *["max-pool"] * self.max_pool])
 
 
 def folded(spec: ConvSpec, values: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor | None]:

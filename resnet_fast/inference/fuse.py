@@ -56,6 +56,8 @@ def fuse(trace: Trace) -> None:
             _fuse_add(node)
         elif node.target is aten.relu.default:
             _fuse_relu(node)
+        elif node.target is aten.max_pool2d.default:
+            _fuse_max_pool(node)
     trace.graph.eliminate_dead_code()
     _mark_inplace(trace.graph)
     trace.known = constant_nodes(trace)
@@ -137,7 +139,7 @@ def open_conv(node: Any) -> ConvSpec | None:
         return None
     spec = node.args[2]
     assert isinstance(spec, ConvSpec)
-    return None if spec.relu else spec
+    return None if spec.relu or spec.max_pool else spec
 
 
 def _fold_norm(node: fx.Node, constants: set[fx.Node]) -> None:
@@ -194,6 +196,22 @@ def _fuse_relu(node: fx.Node) -> None:
         assert isinstance(conv, fx.Node)
         spec.relu = True
         _absorb(node, conv, conv.args[1], [])
+        node.graph.erase_node(conv)
+
+
+def _fuse_max_pool(node: fx.Node) -> None:
+    """A stem's pooling, whose input then need not be written."""
+    a, conv = _arguments(node), node.args[0]
+    settings = [_pair(a[name] or 0) for name in ("kernel_size", "stride", "padding", "dilation")]
+    if settings != [[3, 3], [2, 2], [1, 1], [1, 1]] or a["ceil_mode"]:
+        return
+    if not isinstance(conv, fx.Node) or conv.target is not fused_conv or len(conv.users) != 1:
+        return
+    spec = conv.args[2]
+    assert isinstance(spec, ConvSpec)
+    if not spec.residual and not spec.max_pool:
+        spec.max_pool = True
+        _absorb(node, conv, None, [])
         node.graph.erase_node(conv)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which 3x3 convs run by Winograd's minimal filtering, with which tiles, and their packed weights."""
+"""Which 3x3 convs run by Winograd's minimal filtering, in which tiles, with packed weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,24 @@ from resnet_fast.inference.fold import MAX_SIZES, ConvSpec
 FETCH = 22
 
 
-def suits(spec: ConvSpec, weight: Tensor) -> bool:
-    """Whether our operator computes this conv: 3x3, stride 1, channels in sixteens, float32."""
+def is_plain(spec: ConvSpec, weight: Tensor) -> bool:
+    """What our operators ask of any conv: float32, one group, no dilation, C_out in sixteens."""
     return (
         weight.dtype is torch.float32
-        and tuple(weight.shape[2:]) == (3, 3)
         and spec.groups == 1
-        and list(spec.stride) == [1, 1] == list(spec.dilation)
-        and not isinstance(spec.padding, str)
-        and weight.shape[0] % 16 == 0 == weight.shape[1] % 16
+        and list(spec.dilation) == [1, 1]
+        and weight.shape[0] % 16 == 0
         and env.is_available("cpu")
+    )
+
+
+def suits(spec: ConvSpec, weight: Tensor) -> bool:
+    """Whether conv_winograd computes this conv: 3x3, stride 1, C_in in sixteens as well."""
+    return (
+        is_plain(spec, weight)
+        and tuple(weight.shape[2:]) == (3, 3)
+        and list(spec.stride) == [1, 1]
+        and weight.shape[1] % 16 == 0
     )
 
 

@@ -46,19 +46,6 @@ class Coefficients {
   std::vector<float> floats_;
 };
 
-<<<<<<< HEAD
-// batch_norm_act_backward that writes dx over grad; the CPU's alone.
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
-    Tensor grad, Tensor x, Tensor mean, Tensor invstd, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask);
-std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor x);
-std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward_reduce(Tensor grad, Tensor x,
-                                                                  Tensor mean, Tensor invstd,
-                                                                  OptionalTensor weight,
-                                                                  OptionalTensor bias,
-                                                                  OptionalTensor mask, bool relu);
-Tensor batch_norm_act_backward_apply(Tensor masked, Tensor x, Tensor mean, Tensor invstd,
-                                     OptionalTensor weight, Tensor sum, Tensor dot, double count);
 // Convolutions of packed weights (resnet_fast/_conv.py), the CPU's alone.
 Tensor conv_winograd(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual,
                      std::vector<int64_t> padding, int64_t tile, bool relu);
@@ -68,6 +55,4 @@ Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> kern
                  std::vector<int64_t> stride, std::vector<int64_t> padding, bool relu,
                  bool max_pool);
 
-=======
->>>>>>> a73483348543ea03190c77b82b452d42c4dc80d2
 }  // namespace resnet_fast

@@ -164,6 +164,14 @@ def inference_tables(rows: list[Row]) -> list[Table]:
     return tables
 
 
+def overhead_table(rows: list[Row]) -> Table:
+    """Whole networks on pictures so small that the calls are most of the time."""
+    table = _table("The cost of the calls", "model", "input", "mode", *TIMED, texts=3)
+    for key, group in _grouped(rows, "name", "shape", "mode").items():
+        table.add_row(*key, *_timed(_by_provider(group)))
+    return table
+
+
 def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
     """Print every table that ``rows`` have something for, one machine after the other."""
     for (cpu, threads), machine in _grouped(rows, "cpu", "threads").items():
@@ -185,5 +193,7 @@ def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
                 console.print(cross_table(found))
         if "inference" in kinds:
             console.print(*inference_tables(kinds["inference"]), sep="\n")
+        if "overhead" in kinds:
+            console.print(overhead_table(kinds["overhead"]))
         if "memory" in kinds:
             console.print(memory_table(kinds["memory"]))

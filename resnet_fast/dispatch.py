@@ -41,6 +41,9 @@ class _Recorder(threading.local):
         self.lists: list[list[Event]] = []
 
 
+# A tensor that a torch.func transform has left behind.
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 _counts: dict[Event, int] = {}
 _taken: dict[str, Event] = {}  # the event of each op that the CPU kernels ran
 _recorder = _Recorder()
@@ -140,6 +143,7 @@ def at_once(x: Tensor, same: Tensor | None, channel: tuple[Tensor | None, ...] =
         or x.dim() < 2
         or x.numel() == 0
         or torch._C._are_functorch_transforms_active()
+        or _wrapped(x)
         or forward_ad._current_level >= 0
     ):
         return False
@@ -149,13 +153,14 @@ def at_once(x: Tensor, same: Tensor | None, channel: tuple[Tensor | None, ...] =
         or not same.is_cpu
         or same.layout is not torch.strided
         or same.shape != x.shape
+        or _wrapped(same)
     ):
         return False
     common = None
     for t in channel:
         if t is None:
             continue
-        if type(t) not in _ORDINARY or not t.is_cpu:
+        if type(t) not in _ORDINARY or not t.is_cpu or _wrapped(t):
             return False
         if common is None:
             common = t.dtype

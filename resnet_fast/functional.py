@@ -9,7 +9,8 @@ On small tensors the call itself is what costs. So the common call, of ordinary 
 by dispatch.at_once() in attribute reads and goes to the op without the checks, which the op makes
 itself; where the op refuses, the checks follow and say it in their words. And the Functions have no
 setup_context: with one, PyTorch takes the signature of forward apart at every call. It would serve
-torch.func's transforms alone, under which the reference runs.
+torch.func's transforms alone, under which the reference runs. For the same reason the common call
+goes past Function.apply, which looks for tensors left over from such transforms: at_once() has.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ _batch_norm_act_backward = _ops.batch_norm_act_backward.default
 _batch_norm_act_backward_ = _ops.batch_norm_act_backward_.default
 
 
+def _straight(function: Any) -> Any:
+    """function.apply without the Python in front of it."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+
+
 # ---- add_relu ------------------------------------------------------------------------------------
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     """relu(x + residual), bitwise what PyTorch computes, in one pass.
@@ -50,7 +56,8 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
         if dispatch.choose("add_relu", x, residual) == "reference":
             return reference.add_relu(x, residual)
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
-        return cast(Tensor, _AddReLU.apply(x, residual))  # type: ignore[no-untyped-call]
+        apply = _add_relu_straight if at_once else _AddReLU.apply
+        return cast(Tensor, apply(x, residual))
     if at_once:
         return cast(Tensor, _add_relu_inference(x, residual))
     return cast(Tensor, _add_relu_forward(x, residual, False)[0])
@@ -77,6 +84,9 @@ class _AddReLU(torch.autograd.Function):
             dx = _add_relu_backward(grad, mask, ctx.channels_last)
         want_x, want_residual = ctx.needs_input_grad
         return dx if want_x else None, dx if want_residual else None
+
+
+_add_relu_straight = _straight(_AddReLU)
 
 
 # ---- batch_norm_act ------------------------------------------------------------------------------
@@ -154,7 +164,7 @@ def _batch_norm_act_at_once(
     dispatch.took("batch_norm_act")
     try:
         if torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual):
-            y = _BatchNormAct.apply(  # type: ignore[no-untyped-call]
+            y = _batch_norm_act_straight(
                 x, weight, bias, residual, mean, var, training, momentum, eps, relu
             )
         elif training:
@@ -241,6 +251,9 @@ class _BatchNormAct(torch.autograd.Function):
             dresidual if want_residual else None,
             *(None,) * 6,
         )
+
+
+_batch_norm_act_straight = _straight(_BatchNormAct)
 
 
 def _second_order(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

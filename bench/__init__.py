@@ -9,6 +9,8 @@ On the CPU: ``python -m resnet_fast bench`` from a source checkout. On a GPU:
 - ``job``         what one process measures; the check that rivals are equal
 - ``kernels``     the op benchmark
 - ``models``      the training-step benchmark and the activation-memory count
+- ``inference``   latency against every rival installed
+- ``overhead``    the cost of the calls: networks on 32 px
 - ``rows``        result rows: fields, storage as JSON lines, newest per key
 - ``worker``      one process per allocator setting
 - ``run``         starts the workers, stores the rows, prints the tables

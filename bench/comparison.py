@@ -181,6 +181,14 @@ def left_out_lines(failed: list[Row], measured: list[Row]) -> list[str]:
     ]
 
 
+def overhead_table(rows: list[Row]) -> Table:
+    """Whole networks on pictures so small that the calls are most of the time."""
+    table = _table("The cost of the calls", "model", "input", "mode", *TIMED, texts=3)
+    for key, group in _grouped(rows, "name", "shape", "mode").items():
+        table.add_row(*key, *_timed(_by_provider(group)))
+    return table
+
+
 def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
     """Print every table that ``rows`` have something for, one machine after the other."""
     for (cpu, threads), machine in _grouped(rows, "cpu", "threads").items():
@@ -204,5 +212,7 @@ def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
             console.print(*inference_tables(kinds["inference"]), sep="\n")
         for line in left_out_lines(kinds.get("failed", []), kinds.get("inference", [])):
             console.print(line, highlight=False, markup=False)
+        if "overhead" in kinds:
+            console.print(overhead_table(kinds["overhead"]))
         if "memory" in kinds:
             console.print(memory_table(kinds["memory"]))

@@ -30,7 +30,7 @@ ALLOCATORS = ("default", "tuned")
 
 def jobs_of(options: Namespace) -> list[Job]:
     """One job per section and allocator setting; without any section named, the three of --all."""
-    wanted = [name for name in (*SECTIONS, "inference") if getattr(options, name)]
+    wanted = [name for name in (*SECTIONS, "inference", "overhead") if getattr(options, name)]
     if options.all or not wanted:
         wanted = list(SECTIONS)
     if options.dtype == "int8" and wanted != ["inference"]:
@@ -52,8 +52,11 @@ def jobs_of(options: Namespace) -> list[Job]:
             batches=tuple(options.batches),
         )
         for section in wanted
-        # What is saved for backward does not depend on the allocator; inference sets none.
-        for allocator in (allocators[:1] if section in ("memory", "inference") else allocators)
+        # What is saved for backward does not depend on the allocator, nor do small tensors;
+        # inference sets none.
+        for allocator in (
+            allocators[:1] if section in ("memory", "inference", "overhead") else allocators
+        )
     ]
 
 

@@ -21,6 +21,7 @@ from .inference import run_inference
 from .job import Job
 from .kernels import run_ops
 from .models import run_memory, run_models
+from .overhead import run_overhead
 from .rows import context
 
 
@@ -47,7 +48,7 @@ def main(text: str) -> int:
         send({"progress": [done, total, what]})
 
     sections = {"ops": run_ops, "memory": run_memory, "models": run_models}
-    sections["inference"] = run_inference
+    sections |= {"inference": run_inference, "overhead": run_overhead}
     for name in job.sections:
         sections[name](job, emit, progress)
     return 0

@@ -24,6 +24,10 @@ library = torch.library.Library("resnet_fast", "DEF")
 SCHEMAS = (
     "add_relu_forward(Tensor x, Tensor residual, bool save_mask) -> (Tensor y, Tensor mask)",
     "add_relu_backward(Tensor grad, Tensor mask, bool channels_last) -> Tensor",
+    # Forwards that keep nothing for a backward: of what a small call costs, most are the tensors.
+    "add_relu_inference(Tensor x, Tensor residual) -> Tensor",
+    "batch_norm_act_inference(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual,"
+    " Tensor running_mean, Tensor running_var, float eps, bool relu) -> Tensor",
     "batch_norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps,"
     " bool relu, bool save_mask) -> (Tensor y, Tensor mean, Tensor invstd, Tensor mask)",
@@ -74,6 +78,25 @@ def _fake_batch_norm_act_forward(
     return new_like(x), stat, torch.empty_like(stat), mask
 
 
+def _fake_add_relu_inference(x: Tensor, residual: Tensor) -> Tensor:
+    _plain.check_same("residual", residual, x)
+    return new_like(x)
+
+
+def _fake_batch_norm_act_inference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    _plain.check_forward(x, weight, bias, residual, running_mean, running_var, False)
+    return new_like(x)
+
+
 def _fake_batch_norm_act_backward(
     grad: Tensor,
     x: Tensor,
@@ -106,6 +129,11 @@ def _fake_batch_norm_act_backward_(*args: Any) -> tuple[Tensor, Tensor, Tensor, 
 # ---- registration --------------------------------------------------------------------------------
 _PLAIN_AND_FAKE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "add_relu_forward": (_plain.add_relu_forward, _fake_add_relu_forward),
+    "add_relu_inference": (_plain.add_relu_inference, _fake_add_relu_inference),
+    "batch_norm_act_inference": (
+        _plain.batch_norm_act_inference,
+        _fake_batch_norm_act_inference,
+    ),
     "add_relu_backward": (_plain.add_relu_backward, _fake_add_relu_backward),
     "batch_norm_act_forward": (_plain.batch_norm_act_forward, _fake_batch_norm_act_forward),
     "batch_norm_act_backward": (_plain.batch_norm_act_backward, _fake_batch_norm_act_backward),

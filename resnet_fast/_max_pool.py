@@ -33,25 +33,21 @@ def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
         [v, v] if isinstance(v, int) else list(v)
         for v in (pool.kernel_size, pool.stride or pool.kernel_size, pool.padding, pool.dilation)
     ]
-    return cast(Tensor, _MaxPool.apply(x, settings, pool.ceil_mode)[0])
+    return cast(Tensor, _MaxPool.apply(x, settings, pool.ceil_mode))
 
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, settings: list[list[int]], ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, settings: list[list[int]], ceil_mode: bool) -> Tensor:
         y, indices = _aten.max_pool2d_with_indices(x, *settings, ceil_mode)
-        return y, indices.to(torch.int32)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.settings, ctx.ceil_mode = inputs
-        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(indices.to(torch.int32))
+        ctx.settings, ctx.ceil_mode = settings, ceil_mode
         ctx.shape, ctx.channels_last = x.shape, is_channels_last(x)
+        return cast(Tensor, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad is None:
             return None, None, None
         indices = ctx.saved_tensors[0].long()

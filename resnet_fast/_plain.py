@@ -144,6 +144,10 @@ def add_relu_forward(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tens
     return y, pack_mask(y, channels_last) if save_mask else nothing(x, torch.uint8)
 
 
+def add_relu_inference(x: Tensor, residual: Tensor) -> Tensor:
+    return add_relu_forward(x, residual, False)[0]
+
+
 def add_relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     check_mask(mask, grad)
     grad = to_layout(grad, channels_last)
@@ -185,6 +189,20 @@ def batch_norm_act_forward(
         update_running(running_mean, mean, momentum)
         update_running(running_var, var * (count / max(count - 1, 1)), momentum)
     return y, mean, invstd, mask
+
+
+def batch_norm_act_inference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    statistics = (running_mean, running_var, False, 0.0)
+    return batch_norm_act_forward(x, weight, bias, residual, *statistics, eps, relu, False)[0]
 
 
 def update_running(running: Tensor | None, batch: Tensor, momentum: float) -> None:

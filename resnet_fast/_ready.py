@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
+from torch.nn.utils import parametrize, prune
 from torch.utils._device import DeviceContext
 
 from resnet_fast import dispatch
@@ -29,6 +30,7 @@ _F_BATCH_NORM = F.batch_norm
 _F_RELU = F.relu
 _MAX_POOL_FORWARD = nn.MaxPool2d.forward
 _F_MAX_POOL = F.max_pool2d
+_PRUNE_CALL = prune.BasePruningMethod.__call__
 _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = (Tensor, nn.Parameter, type(None))
 
@@ -97,7 +99,51 @@ def plain_norm(m: object) -> bool:
     if plain_module(m, nn.BatchNorm2d):
         return True
     kind = type(m)
-    return kind in _OTHER_NORMS and plain_module(m, kind) and kind.forward is _OTHER_NORMS[kind]
+    if kind in _OTHER_NORMS:
+        return plain_module(m, kind) and kind.forward is _OTHER_NORMS[kind]
+    return isinstance(m, nn.BatchNorm2d) and _reparametrized(m)
+
+
+def _reparametrized(m: nn.BatchNorm2d) -> bool:
+    """True if m is an nn.BatchNorm2d but for where its tensors come from.
+
+    torch.nn.utils.parametrize makes properties of them, in a class of its own; reading them is what
+    m's forward does. torch.nn.utils.prune sets them in a pre-hook, which prune_now() runs.
+    """
+    kind = type(m)
+    return (
+        not torch.compiler.is_compiling()
+        and (kind is nn.BatchNorm2d or (_only_properties(kind) and parametrize.is_parametrized(m)))
+        and not (m._forward_hooks or m._backward_hooks or m._backward_pre_hooks)
+        and not m._forward_pre_hooks_with_kwargs
+        and all(_prunes(hook) for hook in m._forward_pre_hooks.values())
+        and m._compiled_call_impl is None
+        and "forward" not in m.__dict__
+        and "_call_impl" not in m.__dict__
+    )
+
+
+def _only_properties(kind: type[nn.Module]) -> bool:
+    """True for a class as parametrize makes it of nn.BatchNorm2d."""
+    own = {"__module__", "__doc__", "__getstate__", "__deepcopy__"}
+    return kind.__bases__ == (nn.BatchNorm2d,) and all(
+        name in own or isinstance(value, property) for name, value in vars(kind).items()
+    )
+
+
+def _prunes(hook: object) -> bool:
+    """True for a pruning method's pre-hook: it sets one tensor of the module and gives nothing."""
+    return (
+        isinstance(hook, prune.BasePruningMethod)
+        and type(hook).__call__ is _PRUNE_CALL
+        and prune.BasePruningMethod.__call__ is _PRUNE_CALL
+    )
+
+
+def prune_now(bn: nn.Module, x: Tensor) -> None:
+    """Run the pre-hooks of a norm for which plain_norm() is true, as calling it does."""
+    for hook in tuple(bn._forward_pre_hooks.values()):
+        hook(bn, (x,))
 
 
 def frozen_norm(m: object) -> bool:
@@ -216,7 +262,7 @@ def why_not_norm(name: str, m: object) -> str:
     """Why m, called `name`, cannot be fused as a batch norm; "" if it can."""
     kind = type(m)
     if kind not in _OTHER_NORMS:
-        return why_not_module(name, m, nn.BatchNorm2d)
+        return "" if plain_norm(m) else why_not_module(name, m, nn.BatchNorm2d)
     if kind.forward is not _OTHER_NORMS[kind]:
         return f"{kind.__name__}.forward was replaced"
     return why_not_module(name, m, kind)

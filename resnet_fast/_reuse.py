@@ -36,16 +36,12 @@ class _Probe(torch.autograd.Function):
     seen: Counts | None = None
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x * 2, torch.empty(0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
+        return x * 2
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: None) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         _Probe.seen = _held(grad)
         return grad * 2
 
@@ -59,7 +55,7 @@ def _measure() -> Counts | None:
     try:
         with torch.enable_grad():
             x = torch.ones(2, requires_grad=True)
-            (_Probe.apply(x)[0] * 3).sum().backward()  # type: ignore[no-untyped-call]
+            (_Probe.apply(x) * 3).sum().backward()  # type: ignore[no-untyped-call]
     except (AttributeError, TypeError, RuntimeError):
         return None
     return _Probe.seen
@@ -75,8 +71,8 @@ def may_overwrite(grad: Tensor, like: Tensor) -> bool:
     """
     if (
         type(grad) is not Tensor
-        or grad.device.type != "cpu"
         or torch.compiler.is_compiling()
+        or not grad.is_cpu
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or grad.dtype != like.dtype

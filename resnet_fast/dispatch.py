@@ -19,6 +19,7 @@ from resnet_fast import config, env
 logger = logging.getLogger("resnet_fast")
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter))
 _DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 _HALF = frozenset((torch.float16, torch.bfloat16))
 # The fast implementation of each device type. The tests put the emulated CUDA kernels in here.
@@ -40,7 +41,11 @@ class _Recorder(threading.local):
         self.lists: list[list[Event]] = []
 
 
+# A tensor that a torch.func transform has left behind.
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 _counts: dict[Event, int] = {}
+_taken: dict[str, Event] = {}  # the event of each op that the CPU kernels ran
 _recorder = _Recorder()
 
 
@@ -68,6 +73,17 @@ def _log(event: Event) -> None:
         logger.warning("%s runs the reference: %s", event.op, event.reason)
     elif config.log_level > 1:
         logger.warning("%s runs %s", event.op, event.impl)
+
+
+def took(op: str) -> None:
+    """note() that the CPU kernels run `op`, for calls that at_once() has let through."""
+    event = _taken.get(op)
+    if event is None:
+        event = _taken[op] = Event(op, "cpu", "")
+    if event not in _counts or _recorder.lists:
+        note(*event)
+    else:
+        _counts[event] += 1
 
 
 def counters() -> dict[Event, int]:
@@ -101,6 +117,58 @@ def choose(op: str, x: Tensor, same: Tensor | None, *channel: Tensor | None) -> 
     impl = "reference" if reason else _fast[x.device.type]
     note(op, impl, reason)
     return impl
+
+
+def at_once(x: Tensor, same: Tensor | None, channel: tuple[Tensor | None, ...] = ()) -> bool:
+    """True for the common call, which choose() would give to the CPU kernels.
+
+    It asks, in as few attribute reads as there can be, for ordinary dense tensors on the CPU, x not
+    empty and of two dimensions or more, `same` None or of x's shape and dtype, and parameters of
+    one fitting dtype; their shapes are the op's to check. False says nothing: ask choose().
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(x) not in _ORDINARY
+        or not x.is_cpu
+        or config._backend not in ("auto", "cpu")
+        or env._why_unavailable is not None
+        or _fast["cpu"] != "cpu"
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    dtype = x.dtype
+    if (
+        dtype not in _DTYPES
+        or x.layout is not torch.strided
+        or x.dim() < 2
+        or x.numel() == 0
+        or torch._C._are_functorch_transforms_active()
+        or _wrapped(x)
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    if same is not None and (
+        type(same) not in _ORDINARY
+        or same.dtype is not dtype
+        or not same.is_cpu
+        or same.layout is not torch.strided
+        or same.shape != x.shape
+        or _wrapped(same)
+    ):
+        return False
+    common = None
+    for t in channel:
+        if t is None:
+            continue
+        if type(t) not in _ORDINARY or not t.is_cpu or _wrapped(t):
+            return False
+        if common is None:
+            common = t.dtype
+        if t.dtype is not common:
+            return False
+    if common is not None and common is not dtype:
+        return common is torch.float32 and dtype in _HALF
+    return True
 
 
 def _why_not(x: Tensor, same: Tensor | None, channel: tuple[Tensor | None, ...]) -> str:

@@ -4,6 +4,13 @@
 Each fast op is one torch.autograd.Function over raw operators (_library.py). The Function is passed
 by when nothing needs a gradient, and its backward goes through the differentiable reference when a
 graph of the gradient is asked for (create_graph=True).
+
+On small tensors the call itself is what costs. So the common call, of ordinary CPU tensors, is told
+by dispatch.at_once() in attribute reads and goes to the op without the checks, which the op makes
+itself; where the op refuses, the checks follow and say it in their words. And the Functions have no
+setup_context: with one, PyTorch takes the signature of forward apart at every call. It would serve
+torch.func's transforms alone, under which the reference runs. For the same reason the common call
+goes past Function.apply, which looks for tensors left over from such transforms: at_once() has.
 """
 
 from __future__ import annotations
@@ -14,18 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast import _plain, dispatch, reference
+from resnet_fast import _checks, _plain, dispatch, reference
 from resnet_fast._reuse import may_overwrite
 from resnet_fast.layout import is_channels_last
-
-_HALF = (torch.float16, torch.bfloat16)
 
 _ops = torch.ops.resnet_fast
 _add_relu_forward = _ops.add_relu_forward.default
 _add_relu_backward = _ops.add_relu_backward.default
+_add_relu_inference = _ops.add_relu_inference.default
 _batch_norm_act_forward = _ops.batch_norm_act_forward.default
+_batch_norm_act_inference = _ops.batch_norm_act_inference.default
 _batch_norm_act_backward = _ops.batch_norm_act_backward.default
 _batch_norm_act_backward_ = _ops.batch_norm_act_backward_.default
+
+
+def _straight(function: Any) -> Any:
+    """function.apply without the Python in front of it."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
 # ---- add_relu ------------------------------------------------------------------------------------
@@ -37,31 +49,31 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     For the backward one bit an element is kept. Raises TypeError if either is not a tensor and
     ValueError if the shapes do not broadcast.
     """
-    _check_add_relu(x, residual)
-    if dispatch.choose("add_relu", x, residual) == "reference":
-        return reference.add_relu(x, residual)
+    if at_once := dispatch.at_once(x, residual):
+        dispatch.took("add_relu")
+    else:
+        _checks.add_relu(x, residual)
+        if dispatch.choose("add_relu", x, residual) == "reference":
+            return reference.add_relu(x, residual)
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
-        return cast(Tensor, _AddReLU.apply(x, residual)[0])  # type: ignore[no-untyped-call]
+        apply = _add_relu_straight if at_once else _AddReLU.apply
+        return cast(Tensor, apply(x, residual))
+    if at_once:
+        return cast(Tensor, _add_relu_inference(x, residual))
     return cast(Tensor, _add_relu_forward(x, residual, False)[0])
 
 
 class _AddReLU(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return cast("tuple[Tensor, Tensor]", _add_relu_forward(x, residual, True))
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
-    ) -> None:
-        y, mask = output
-        ctx.mark_non_differentiable(mask)
+    def forward(ctx: Any, x: Tensor, residual: Tensor) -> Tensor:
+        y, mask = _add_relu_forward(x, residual, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mask)
         ctx.channels_last = is_channels_last(y)
+        return cast(Tensor, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if grad is None:
             return None, None
         (mask,) = ctx.saved_tensors
@@ -72,6 +84,9 @@ class _AddReLU(torch.autograd.Function):
             dx = _add_relu_backward(grad, mask, ctx.channels_last)
         want_x, want_residual = ctx.needs_input_grad
         return dx if want_x else None, dx if want_residual else None
+
+
+_add_relu_straight = _straight(_AddReLU)
 
 
 # ---- batch_norm_act ------------------------------------------------------------------------------
@@ -102,20 +117,25 @@ def batch_norm_act(
 
     Raises ValueError for shapes and values, TypeError for types, before any statistic is touched.
     """
-    _check_batch_norm_act(
-        x, weight, bias, running_mean, running_var, residual, training, activation
-    )
+    channel = (weight, bias, running_mean, running_var)
+    if (
+        dispatch.at_once(x, residual, channel)
+        and (activation == "relu" or activation is None)
+        and type(eps) is float
+        and eps > 0
+        and type(momentum) is float
+        and (running_mean is None) == (running_var is None)
+        and (not _checks.one_value(x.shape) if training else running_mean is not None)
+    ):
+        return _batch_norm_act_at_once(x, channel, residual, training, momentum, eps, activation)
+    _checks.batch_norm_act(x, *channel, residual, training, activation)
     if training:
-        _check_more_than_one_value(x.shape)
-    _check_numbers(training, momentum, eps)
-    impl = dispatch.choose("batch_norm_act", x, residual, weight, bias, running_mean, running_var)
-    if impl == "reference":
+        _checks.more_than_one_value(x.shape)
+    _checks.numbers(training, momentum, eps)
+    if dispatch.choose("batch_norm_act", x, residual, *channel) == "reference":
         return reference.batch_norm_act(
             x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
+            *channel,
             residual=residual,
             training=training,
             momentum=momentum,
@@ -124,16 +144,57 @@ def batch_norm_act(
         )
     relu = activation == "relu"
     args = (x, weight, bias, residual, running_mean, running_var, training, momentum, eps, relu)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, residual)
-    ):
-        return cast(Tensor, _BatchNormAct.apply(*args)[0])  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual):
+        return cast(Tensor, _BatchNormAct.apply(*args))  # type: ignore[no-untyped-call]
     return cast(Tensor, _batch_norm_act_forward(*args, False)[0])
+
+
+def _batch_norm_act_at_once(
+    x: Tensor,
+    channel: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """batch_norm_act for what dispatch.at_once() lets through."""
+    weight, bias, mean, var = channel
+    relu = activation == "relu"
+    dispatch.took("batch_norm_act")
+    try:
+        if torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual):
+            y = _batch_norm_act_straight(
+                x, weight, bias, residual, mean, var, training, momentum, eps, relu
+            )
+        elif training:
+            y = _batch_norm_act_forward(
+                x, weight, bias, residual, mean, var, True, momentum, eps, relu, False
+            )[0]
+        else:
+            y = _batch_norm_act_inference(x, weight, bias, residual, mean, var, eps, relu)
+    except RuntimeError:
+        # The op has looked at shapes before it did anything; this names the argument.
+        _checks.batch_norm_act(x, *channel, residual, training, activation)
+        raise
+    return cast(Tensor, y)
+
+
+def _needs_gradient(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> bool:
+    return (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
 
 
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -144,9 +205,9 @@ class _BatchNormAct(torch.autograd.Function):
         momentum: float,
         eps: float,
         relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> Tensor:
         save_mask = relu and residual is not None
-        out = _batch_norm_act_forward(
+        y, mean, invstd, mask = _batch_norm_act_forward(
             x,
             weight,
             bias,
@@ -159,19 +220,13 @@ class _BatchNormAct(torch.autograd.Function):
             relu,
             save_mask,
         )
-        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, _, _, ctx.training, _, ctx.eps, ctx.relu = inputs
-        _, mean, invstd, mask = output
-        ctx.mark_non_differentiable(mean, invstd, mask)
+        ctx.training, ctx.eps, ctx.relu = training, eps, relu
         ctx.set_materialize_grads(False)
-        kept = mask if ctx.relu and residual is not None else None
-        ctx.save_for_backward(x, weight, bias, mean, invstd, kept)
+        ctx.save_for_backward(x, weight, bias, mean, invstd, mask if save_mask else None)
+        return cast(Tensor, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 10
         want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
@@ -196,6 +251,9 @@ class _BatchNormAct(torch.autograd.Function):
             dresidual if want_residual else None,
             *(None,) * 6,
         )
+
+
+_batch_norm_act_straight = _straight(_BatchNormAct)
 
 
 def _second_order(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -258,104 +316,3 @@ def conv_bn_act(
         eps=eps,
         activation=activation,
     )
-
-
-# ---- checks --------------------------------------------------------------------------------------
-def _check_add_relu(x: Tensor, residual: Tensor) -> None:
-    for name, t in (("x", x), ("residual", residual)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-    if x.shape != residual.shape:
-        _check_broadcast(x, residual)
-
-
-def _check_broadcast(x: Tensor, residual: Tensor) -> None:
-    try:
-        torch.broadcast_shapes(x.shape, residual.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"residual must have, or broadcast with, x's shape {tuple(x.shape)};"
-            f" got {tuple(residual.shape)}"
-        ) from None
-
-
-def _check_batch_norm_act(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    activation: str | None,
-) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor; got {type(x).__name__}")
-    if activation not in ("relu", None):
-        raise ValueError(f'activation must be "relu" or None; got {activation!r}')
-    shape = x.shape
-    if len(shape) < 2:
-        raise ValueError(f"x must have 2 or more dimensions (N, C, *); got shape {tuple(shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be of a floating dtype; got {x.dtype}")
-    for name, t in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        if t is not None:
-            _check_channel(name, t, x)
-    if residual is not None:
-        if not isinstance(residual, Tensor):
-            raise TypeError(f"residual must be a tensor or None; got {type(residual).__name__}")
-        if residual.device != x.device:
-            raise ValueError(f"residual must be on x's device {x.device}; got {residual.device}")
-        if residual.shape != shape:
-            _check_broadcast(x, residual)
-    if training:
-        if (running_mean is None) != (running_var is None):
-            missing = "running_mean" if running_mean is None else "running_var"
-            raise ValueError(
-                f"running_mean and running_var must both be tensors or both None; {missing} is None"
-            )
-    elif running_mean is None or running_var is None:
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{missing} must be a tensor when training is False; got None")
-
-
-def _check_channel(name: str, t: Tensor, x: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor or None; got {type(t).__name__}")
-    channels = x.shape[1]
-    if t.dim() != 1 or t.shape[0] != channels:
-        raise ValueError(
-            f"{name} must have shape ({channels},), x's channels; got {tuple(t.shape)}"
-        )
-    if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype in _HALF):
-        wanted = f"{x.dtype} or float32" if x.dtype in _HALF else str(x.dtype)
-        raise TypeError(f"{name} must be of dtype {wanted}, as x is {x.dtype}; got {t.dtype}")
-    if t.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}; got {t.device}")
-
-
-def _check_numbers(training: bool, momentum: float, eps: float) -> None:
-    for name, value in (("momentum", momentum), ("eps", eps)):
-        if not isinstance(value, (float, int)):
-            raise TypeError(f"{name} must be a float; got {type(value).__name__}")
-    # As F.batch_norm has it.
-    if training and eps <= 0:
-        raise ValueError(f"eps must be positive when training; got {eps}")
-    if eps < 0:
-        raise ValueError(f"eps must be non-negative; got {eps}")
-
-
-def _check_more_than_one_value(shape: torch.Size) -> None:
-    count = shape[0]
-    for size in shape[2:]:
-        count *= size
-    if count == 1:
-        # The error and the sentence of F.batch_norm.
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {shape}"
-        )

@@ -7,7 +7,7 @@ register_frozen_norm).
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from resnet_fast._ready import (
     plain_norm,
     plain_state,
     plain_tensor,
+    prune_now,
     why_not_context,
     why_not_module,
     why_not_norm,
@@ -32,6 +33,8 @@ def fusable(bn: nn.Module, x: Tensor) -> State | None:
         return None
     if torch.compiler.is_compiling() and type(bn) is nn.SyncBatchNorm:
         return None  # its collectives are the compiler's to place
+    if bn._forward_pre_hooks:
+        prune_now(bn, x)
     state = plain_state(bn)
     return None if state is None or (frozen_norm(bn) and _why_not_frozen(state, x)) else state
 
@@ -61,7 +64,10 @@ def batch_norm(
     counter, momentum = None, bn.momentum
     if bn.training:
         if bn.track_running_stats:
-            counter = bn.num_batches_tracked
+            # Read past nn.Module.__getattr__, as _ready.plain_state() reads the others.
+            counter = bn._buffers.get("num_batches_tracked")
+            if counter is None or "num_batches_tracked" in bn.__dict__:
+                counter = bn.num_batches_tracked
         else:
             mean = var = None
     # NOTE: counted before the op, as nn.BatchNorm2d does: checkpoint(use_reentrant=False) leaves
@@ -70,12 +76,33 @@ def batch_norm(
         counter.add_(1)
     if momentum is None:  # the cumulative average
         momentum = 0.0 if counter is None else 1.0 / float(counter)
-    kwargs: Any = {"residual": residual, "momentum": momentum, "eps": bn.eps}
-    kwargs["activation"] = activation
+    eps = bn.eps
     try:
         if group is not None:
-            return synchronised.batch_norm_act(x, weight, bias, mean, var, group, **kwargs)
-        return functional.batch_norm_act(x, weight, bias, mean, var, training=from_batch, **kwargs)
+            return synchronised.batch_norm_act(
+                x,
+                weight,
+                bias,
+                mean,
+                var,
+                group,
+                residual=residual,
+                momentum=momentum,
+                eps=eps,
+                activation=activation,
+            )
+        return functional.batch_norm_act(
+            x,
+            weight,
+            bias,
+            mean,
+            var,
+            residual=residual,
+            training=from_batch,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+        )
     except (ValueError, TypeError, RuntimeError):
         if counter is not None:
             counter.sub_(1)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from resnet_fast import _phases, _plain, dispatch, functional
+from resnet_fast import _checks, _phases, _plain, dispatch
 from resnet_fast.layout import accumulate_dtype
 
 _ops = torch.ops.resnet_fast
@@ -48,10 +48,8 @@ def batch_norm_act(
     all other dimensions and be empty. Gradients of weight and bias are this process's share, as
     DistributedDataParallel expects. Errors as functional.batch_norm_act's, before anything is sent.
     """
-    functional._check_batch_norm_act(
-        x, weight, bias, running_mean, running_var, residual, True, activation
-    )
-    functional._check_numbers(True, momentum, eps)
+    _checks.batch_norm_act(x, weight, bias, running_mean, running_var, residual, True, activation)
+    _checks.numbers(True, momentum, eps)
     impl = dispatch.choose("batch_norm_act", x, residual, weight, bias, running_mean, running_var)
     if residual is not None and residual.shape != x.shape:
         residual = residual.expand_as(x)

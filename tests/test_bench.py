@@ -22,6 +22,7 @@ rows = cli.load_bench("rows")
 job = cli.load_bench("job")
 kernels = cli.load_bench("kernels")
 models = cli.load_bench("models")
+overhead = cli.load_bench("overhead")
 comparison = cli.load_bench("comparison")
 inference = cli.load_bench("inference")
 plot = cli.load_bench("plot")
@@ -256,6 +257,11 @@ def test_int8_is_a_dtype_of_inference_alone() -> None:
         dtypes("--ops", "--dtype", "int8")
 
 
+def test_overhead_is_measured_once() -> None:
+    made = run.jobs_of(cli.parser().parse_args(["bench", "--overhead"]))
+    assert [(one.sections, one.allocator) for one in made] == [(("overhead",), "default")]
+
+
 def test_default_means_the_default_allocator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +367,40 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Training step of resnet18" in capsys.readouterr().out
     if plot.draw(found, tmp_path / "plot.png"):
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quick_run_of_the_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    options = ["--overhead", "--quick", "--threads", "1", "--results", str(path)]
+    assert cli.main(["bench", *options]) == 0
+    found = rows.load(path)
+    assert {row["kind"] for row in found} == {"overhead"}
+    assert [(row["mode"], row["provider"], row["shape"]) for row in found] == [
+        ("eval", "eager", [1, 3, 32, 32]), ("eval", "ours", [1, 3, 32, 32]),
+        ("train", "eager", [2, 3, 32, 32]), ("train", "ours", [2, 3, 32, 32]),
+        ("accelerate", "ours", []),
+    ]  # fmt: skip
+    for row in found:
+        assert set(rows.KEY) - {"card"} <= set(row)
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+        timed = row["provider"] == "ours" and row["mode"] != "accelerate"
+        assert ("ratio_vs_eager" in row) == timed
+    out = capsys.readouterr().out
+    assert "The cost of the calls" in out
+    assert "accelerate" in out
+
+
+def test_overhead_steps_do_the_same_work() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
+    images = torch.randn(2, 3, 4, 4)
+    out = overhead.step_of(model, images, "train")()
+    assert model.training
+    assert not out.requires_grad
+    assert model[0].weight.grad is not None
+    assert torch.equal(out, model(images).detach())
+    out = overhead.step_of(model, images, "eval")()
+    assert not model.training
+    assert torch.equal(out, model(images).detach())
 
 
 def test_a_failed_worker_is_one_sentence(

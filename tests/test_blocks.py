@@ -193,8 +193,8 @@ def test_parametrized_and_pruned_norms() -> None:
         prune.l1_unstructured(m.conv2, "weight", 0.5)
         nn.utils.parametrizations.weight_norm(m.conv1)
 
-    check("basic", parametrized, "bn1 is a ParametrizedBatchNorm2d", steps=2)
-    check("basic", pruned, "bn2 has a forward pre-hook", steps=2)
+    check("basic", parametrized, None, steps=2)
+    check("basic", pruned, None, steps=2)
     check("basic", pruned_conv, None, steps=2)
 
 

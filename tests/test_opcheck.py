@@ -55,6 +55,7 @@ def test_add_relu_layouts(layout: str, dtype: torch.dtype) -> None:
     x, residual, grad = (draw(SHAPES[0], layout, dtype) for _ in range(3))
     for save_mask in (True, False):
         opcheck(OPS.add_relu_forward, (x, residual, save_mask), traced=traced)
+    opcheck(OPS.add_relu_inference, (x, residual), traced=traced)
     channels_last = layout == "channels_last"
     _, mask = OPS.add_relu_forward(x, residual, True)
     opcheck(OPS.add_relu_backward, (grad, mask, channels_last), traced=traced)
@@ -121,6 +122,8 @@ def test_batch_norm_act_layouts(layout: str, dtype, param, training: bool) -> No
         args = forward_args(x, param=param, residual=residual, training=training)
         opcheck(OPS.batch_norm_act_forward, args, traced=traced)
         opcheck(OPS.batch_norm_act_backward, backward_args(args, grad), traced=traced)
+        if not training:
+            opcheck(OPS.batch_norm_act_inference, (*args[:6], *args[8:10]), traced=traced)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=word)

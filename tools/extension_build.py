@@ -207,7 +207,9 @@ class NinjaFile:
             f" -I{_escape(self.csrc)}"
         )
         include = _escape(plan.torch_root / "include")
-        self.torch = f"{self.common} -DTORCH_TARGET_VERSION={TARGET_TORCH} -isystem {include}"
+        # Nobody reads errno: without it the loops over channels that take a root become vectors.
+        torch = f"{self.common} -fno-math-errno -DTORCH_TARGET_VERSION={TARGET_TORCH}"
+        self.torch = f"{torch} -isystem {include}"
         python = f"-isystem {plan.pybind_include} -isystem {sysconfig.get_path('include')}"
         self.pybind = f"{self.common} {python}"
         # libtorch.so is what brings in the CUDA half of PyTorch, where there is one: kept though

@@ -201,6 +201,19 @@ RF_INLINE void store_part(T* p, const Pack<Accumulate<T>>& a, int lo, int hi) {
   std::memcpy(p + lo, lanes + lo, (hi - lo) * sizeof(T));
 }
 
+#if defined(__AVX512F__)
+// Lanes outside are not touched, so they may lie outside of the tensor.
+RF_INLINE Pack<float> load_part(const float* p, int lo, int hi) {
+  Pack<float> r;
+  r.v[0] = _mm512_maskz_loadu_ps(lane_bits(lo, hi), p);
+  return r;
+}
+
+RF_INLINE void store_part(float* p, const Pack<float>& a, int lo, int hi) {
+  _mm512_mask_storeu_ps(p, lane_bits(lo, hi), a.v[0]);
+}
+#endif
+
 // Mask words of parts are put together from the first part on: the one that holds lane 0 sets the
 // word, later ones add to it. All parts of a word belong to one thread.
 RF_INLINE void store_mask_part(uint16_t* word, uint16_t bits, int lo, int hi) {

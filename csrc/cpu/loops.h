@@ -141,9 +141,11 @@ void walk_planes(const Geometry& g, const A* const (&coefficients)[K], const Par
   const int64_t grain = ceil_div(kGrain, group * g.inner);
   parallel_for(parallel, groups, grain, [&](int64_t begin, int64_t end) {
     Pack<A> c[K];
+    int64_t channel = begin * group % g.channels;  // counted on: a division a plane is dear
     for (int64_t p = begin * group; p < minimum(end * group, planes); ++p) {
-      for (int k = 0; k < K; ++k) c[k] = broadcast(coefficients[k][p % g.channels]);
+      for (int k = 0; k < K; ++k) c[k] = broadcast(coefficients[k][channel]);
       walk_run(p * g.inner, (p + 1) * g.inner, c, body);
+      if (++channel == g.channels) channel = 0;
     }
     body.finish();
   });

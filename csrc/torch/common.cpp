@@ -35,11 +35,24 @@ Tensor to_layout(const Tensor& x, bool channels_last) {
 
 int64_t bytes_of_mask(int64_t numel) { return 2 * ((numel + 15) / 16); }
 
-Tensor new_mask(const Tensor& x) {
-  return torch::stable::new_empty(x, {bytes_of_mask(x.numel())}, ScalarType::Byte);
+Tensor new_vector(const Tensor& x, int64_t n, ScalarType type) {
+  // NOTE: not torch::stable::new_empty: that looks its operator up by name at every call.
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const int64_t stride = 1;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &n, &stride, dtype, device_type, device_index, &made));
+  return Tensor(made);
 }
 
-Tensor nothing(const Tensor& x, ScalarType type) { return torch::stable::new_empty(x, {0}, type); }
+Tensor new_mask(const Tensor& x) {
+  return new_vector(x, bytes_of_mask(x.numel()), ScalarType::Byte);
+}
+
+Tensor nothing(const Tensor& x, ScalarType type) { return new_vector(x, 0, type); }
 
 void check_device(const char* name, const Tensor& t, const Tensor& x) {
   // Indices matter among GPUs; the CPU's is -1 or 0, as the tensor was made.

@@ -26,6 +26,8 @@ bool is_channels_last(const Tensor& x);
 // x itself where it is dense in that order, else a copy.
 Tensor to_layout(const Tensor& x, bool channels_last);
 
+// A new 1-D tensor of n elements on x's device.
+Tensor new_vector(const Tensor& x, int64_t n, ScalarType type);
 Tensor new_mask(const Tensor& x);
 Tensor nothing(const Tensor& x, ScalarType type);
 int64_t bytes_of_mask(int64_t numel);

@@ -10,15 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from twins import Results
-from ways import EXCEPT, Way, batches, photos, small_basic, small_bottleneck, state, train
-
-WAY = Way(
-    "U16",
-    "weights that change",
-    EXCEPT,
-    "a block with a parametrized or pruned norm, that block alone",
+from twins import Results, assert_same
+from ways import (
+    Way,
+    assert_path,
+    batches,
+    fast_twin,
+    make,
+    photos,
+    small_basic,
+    small_bottleneck,
+    state,
+    train,
+    tv,
 )
+
+import resnet_fast as rf
+from resnet_fast import dispatch
+
+WAY = Way("U16", "weights that change")
 
 
 def in_place(model: Any) -> Results:
@@ -74,10 +84,66 @@ def changed_convolutions(model: Any) -> Results:
 
 
 def changed_norms(model: Any) -> Results:
-    """The same on norms: another class, or a hook that computes the weight."""
+    """The same on norms: another class, or a hook that computes the weight; both on one."""
     parametrize.register_parametrization(model.layer1[0].bn1, "weight", Doubled())
+    parametrize.register_parametrization(model.layer1[0].bn1, "bias", Doubled())
     prune.l1_unstructured(model.layer2[0].bn2, "weight", amount=0.5)
-    return train(model, steps=2)
+    prune.l1_unstructured(model.layer2[0].bn2, "bias", amount=4)
+    prune.l1_unstructured(model.layer3[0].downsample[1], "weight", amount=0.25)
+    parametrize.register_parametrization(model.bn1, "weight", Doubled())
+    prune.l1_unstructured(model.bn1, "bias", amount=0.5)
+    results = train(model, steps=2)
+    model.layer2[0].bn2.weight_mask.zero_()  # the mask of a later round
+    results["masked"] = model.eval()(photos()).detach()
+    prune.remove(model.layer2[0].bn2, "weight")
+    parametrize.remove_parametrizations(model.layer1[0].bn1, "weight")
+    results["after"] = model(photos()).detach()
+    assert not model.layer2[0].bn2.weight.any()
+    return results
+
+
+def counted_parametrization(model: Any) -> Results:
+    """A parametrization and a pruning with a state of their own are each asked once a call."""
+
+    class Counts(nn.Module):
+        calls = 0
+
+        def forward(self, weight: Tensor) -> Tensor:
+            self.calls += 1
+            return weight * self.calls
+
+    counts, seen = Counts(), []
+    parametrize.register_parametrization(model.layer1[0].bn2, "weight", counts, unsafe=True)
+    counts.register_forward_hook(lambda *_: seen.append(1))
+    counts.calls = 0
+    seen.clear()
+    answers = [model.eval()(photos()).detach() for _ in range(3)]
+    assert (counts.calls, len(seen)) == (3, 3)
+    return {"answers": torch.stack(answers)}
+
+
+def pruned_with_a_hook(model: Any) -> Results:
+    """Any other hook beside the pruning is heard, and its norm's block runs plain."""
+    bn = model.layer2[0].bn2
+    prune.l1_unstructured(bn, "weight", amount=0.5)
+    seen: list[Tensor] = []
+    bn.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    results = train(model, steps=1)
+    return results | {f"seen {i}": t for i, t in enumerate(seen)}
+
+
+class Masked(prune.L1Unstructured):
+    """A pruning method that does more than PyTorch's when it is called."""
+
+    def __call__(self, module: nn.Module, inputs: Any) -> Any:
+        super().__call__(module, inputs)
+        return (inputs[0] * 2,)
+
+
+def own_pruning(model: Any) -> Results:
+    """A pruning method of one's own that also changes the input."""
+    Masked.apply(model.layer2[0].bn2, "weight", amount=0.5)
+    return train(model, steps=1)
 
 
 class LowRank(nn.Module):
@@ -124,11 +190,30 @@ def test_pruned_and_parametrized_convolutions() -> None:
 
 
 def test_pruned_and_parametrized_norms() -> None:
-    WAY.check(
-        small_basic,
-        changed_norms,
-        falls_back=("bn1 is a ParametrizedBatchNorm2d", "bn2 has a forward pre-hook"),
-    )
+    WAY.check(small_basic, changed_norms)
+    WAY.check(small_basic, counted_parametrization)
+
+
+def test_a_hook_beside_the_pruning_is_heard() -> None:
+    for use in (pruned_with_a_hook, own_pruning):
+        untouched = make(small_basic, tv)
+        want = use(copy.deepcopy(untouched))
+        for library in ("torchvision", "ours"):
+            model = fast_twin(library, small_basic, untouched)
+            with dispatch.recording() as events:
+                got = use(model)
+            assert_same(got, want, 1e-7)
+            assert_path(events, ("bn2 has a forward pre-hook",))
+
+
+def test_explain_calls_changed_norms_fast() -> None:
+    model = rf.accelerate(make(small_basic, tv))
+    prune.l1_unstructured(model.layer2[0].bn2, "weight", amount=0.5)
+    parametrize.register_parametrization(model.layer1[0].bn1, "weight", Doubled())
+    assert not [row for row in rf.explain(model).rows if row.reason]
+    model.layer1[0].bn1.register_forward_hook(lambda *_: None)
+    model.layer2[0].bn2.register_forward_hook(lambda *_: None)
+    assert len([row for row in rf.explain(model).rows if row.reason]) == 2
 
 
 def test_low_rank_merge() -> None:

@@ -3,20 +3,34 @@
 
 namespace resnet_fast {
 
-std::tuple<Tensor, Tensor> add_relu_forward(Tensor x, Tensor residual, bool save_mask) {
-  check_cpu("x", x);
-  check_same("residual", residual, x);
+namespace {
+
+Tensor forward(Tensor x, Tensor residual, uint16_t* mask) {
   const cpu::DType dtype = dtype_of(x, "x");
   const bool channels_last = is_channels_last(x);
   x = to_layout(x, channels_last);
   residual = to_layout(residual, channels_last);
   Tensor y = new_like(x);
-  Tensor mask = save_mask ? new_mask(x) : nothing(x, ScalarType::Byte);
   cpu::kernels().add_relu({x.const_data_ptr(), residual.const_data_ptr(), y.mutable_data_ptr(),
-                           save_mask ? static_cast<uint16_t*>(mask.mutable_data_ptr()) : nullptr,
-                           x.numel(), dtype, too_large_for_cache(y)},
+                           mask, x.numel(), dtype, too_large_for_cache(y)},
                           torch_threads());
-  return {y, mask};
+  return y;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> add_relu_forward(Tensor x, Tensor residual, bool save_mask) {
+  check_cpu("x", x);
+  check_same("residual", residual, x);
+  Tensor mask = save_mask ? new_mask(x) : nothing(x, ScalarType::Byte);
+  auto* const bits = save_mask ? static_cast<uint16_t*>(mask.mutable_data_ptr()) : nullptr;
+  return {forward(x, residual, bits), mask};
+}
+
+Tensor add_relu_inference(Tensor x, Tensor residual) {
+  check_cpu("x", x);
+  check_same("residual", residual, x);
+  return forward(x, residual, nullptr);
 }
 
 Tensor add_relu_backward(Tensor grad, Tensor mask, bool channels_last) {

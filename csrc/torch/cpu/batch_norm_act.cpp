@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <cmath>
+#include <memory>
+#include <type_traits>
 
 #include "tensors.h"
 
@@ -15,9 +17,27 @@ struct Statistics {
 };
 
 Statistics batch_statistics(const Tensor& x, const cpu::Geometry& geometry, cpu::DType dtype) {
-  Statistics s{Values(geometry.channels), Values(geometry.channels)};
-  cpu::kernels().bn_stats({x.const_data_ptr(), s.mean.data(), s.var.data(), geometry, dtype},
+  const auto [columns, repeat] = columns_of(geometry);
+  Statistics s{Values(columns.channels), Values(columns.channels)};
+  cpu::kernels().bn_stats({x.const_data_ptr(), s.mean.data(), s.var.data(), columns, dtype},
                           torch_threads());
+  if (repeat > 1) {
+    // Columns of equal counts: their mean, and their deviations from it added to their own.
+    for (int64_t c = 0; c < geometry.channels; ++c) {
+      const double *const means = &s.mean[c * repeat], *const m2s = &s.var[c * repeat];
+      double mean = 0, own = 0, between = 0;
+      for (int64_t i = 0; i < repeat; ++i) mean += means[i];
+      mean /= double(repeat);
+      for (int64_t i = 0; i < repeat; ++i) {
+        own += m2s[i];
+        between += (means[i] - mean) * (means[i] - mean);
+      }
+      s.mean[c] = mean;
+      s.var[c] = own + double(geometry.rows) * between;
+    }
+    s.mean.resize(geometry.channels);
+    s.var.resize(geometry.channels);
+  }
   for (double& v : s.var) v /= double(geometry.count());
   return s;
 }
@@ -34,7 +54,7 @@ void update_running(const OptionalTensor& running, const Values& batch, double m
 }
 
 Tensor channel_tensor(const Tensor& x, const Values& values, ScalarType type) {
-  Tensor t = torch::stable::new_empty(x, {int64_t(values.size())}, type);
+  Tensor t = new_vector(x, int64_t(values.size()), type);
   write_channel(t, values);
   return t;
 }
@@ -63,17 +83,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
   for (double& v : invstd) v = 1 / std::sqrt(v + eps);
   Tensor saved_mean = channel_tensor(x, s.mean, accumulate_type(x));
   Tensor saved_invstd = channel_tensor(x, invstd, accumulate_type(x));
-  const Coefficients mean(s.mean, in_double);
+  const auto [columns, repeat] = columns_of(geometry);
+  const Coefficients mean(s.mean, in_double, repeat);
   const Coefficients scale(scale_of(read_channel(saved_invstd, geometry.channels, 0), weight),
-                           in_double);
-  const Coefficients shift(read_channel(bias, geometry.channels, 0), in_double);
+                           in_double, repeat);
+  const Coefficients shift(read_channel(bias, geometry.channels, 0), in_double, repeat);
 
   Tensor y = new_like(x);
   Tensor mask = save_mask ? new_mask(x) : nothing(x, ScalarType::Byte);
   cpu::kernels().bn_apply(
       {x.const_data_ptr(), data_or_null(residual), y.mutable_data_ptr(),
        save_mask ? static_cast<uint16_t*>(mask.mutable_data_ptr()) : nullptr, mean.data(),
-       scale.data(), shift.data(), geometry, dtype, relu, too_large_for_cache(y)},
+       scale.data(), shift.data(), columns, dtype, relu, too_large_for_cache(y)},
       torch_threads());
   if (training) {
     const double n = double(geometry.count());
@@ -84,6 +105,88 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
 }
 
 namespace {
+
+// What inference multiplies with and adds, (3, C, repeat): mean, scale and shift, rounded as in the
+// forward that saves them. P: the parameters' type; A: the accumulation type.
+template <class A, class P>
+std::unique_ptr<A[]> fold(int64_t channels, int64_t repeat, const P* weight, const P* bias,
+                          const P* mean, const P* var, double eps) {
+  std::unique_ptr<A[]> folded(new A[3 * channels * repeat]);
+  A *const means = folded.get(), *const scales = means + channels * repeat;
+  A* const shifts = scales + channels * repeat;
+  for (int64_t c = 0; c < channels; ++c) {
+    const A invstd = A(1 / std::sqrt(double(var[c]) + eps));
+    const A scale = weight ? A(double(weight[c]) * double(invstd)) : invstd;
+    const A shift = bias ? A(bias[c]) : A(0);
+    for (int64_t i = c * repeat; i < (c + 1) * repeat; ++i) {
+      means[i] = A(mean[c]);
+      scales[i] = scale;
+      shifts[i] = shift;
+    }
+  }
+  return folded;
+}
+
+template <class A>
+std::unique_ptr<A[]> folded_of(int64_t channels, int64_t repeat, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                               double eps) {
+  const ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  const auto ready = [&](const Tensor& t) { return t.scalar_type() == type && t.stride(0) == 1; };
+  if (ready(mean) && ready(var) && (!weight || ready(*weight)) && (!bias || ready(*bias))) {
+    const auto data = [](const Tensor& t) { return static_cast<const A*>(t.const_data_ptr()); };
+    return fold<A, A>(channels, repeat, weight ? data(*weight) : nullptr,
+                      bias ? data(*bias) : nullptr, data(mean), data(var), eps);
+  }
+  const Values weights = read_channel(weight, channels, 1),
+               shifts = read_channel(bias, channels, 0);
+  return fold<A, double>(channels, repeat, weights.data(), shifts.data(),
+                         read_channel(mean, channels, 0).data(),
+                         read_channel(var, channels, 1).data(), eps);
+}
+
+}  // namespace
+
+Tensor batch_norm_act_inference(Tensor x, OptionalTensor weight, OptionalTensor bias,
+                                OptionalTensor residual, Tensor running_mean, Tensor running_var,
+                                double eps, bool relu) {
+  check_cpu("x", x);
+  check_batch_norm_forward(x, weight, bias, residual, running_mean, running_var, false);
+  const cpu::DType dtype = dtype_of(x, "x");
+  const bool channels_last = is_channels_last(x);
+  x = to_layout(x, channels_last);
+  if (residual) residual = to_layout(*residual, channels_last);
+  const int64_t channels = x.size(1);
+  const auto [columns, repeat] = columns_of(geometry_of(x, channels_last));
+  Tensor y = new_like(x);
+  const auto apply = [&](const auto* folded) {
+    const int64_t n = channels * repeat;
+    cpu::kernels().bn_apply(
+        {x.const_data_ptr(), data_or_null(residual), y.mutable_data_ptr(), nullptr, folded,
+         folded + n, folded + 2 * n, columns, dtype, relu, too_large_for_cache(y)},
+        torch_threads());
+  };
+  if (dtype == cpu::DType::kFloat64) {
+    apply(folded_of<double>(channels, repeat, weight, bias, running_mean, running_var, eps).get());
+  } else {
+    apply(folded_of<float>(channels, repeat, weight, bias, running_mean, running_var, eps).get());
+  }
+  return y;
+}
+
+namespace {
+
+// The sums of each channel of those of its columns.
+void add_columns(Values& sums, int64_t repeat) {
+  if (repeat == 1) return;
+  const size_t channels = sums.size() / size_t(repeat);
+  for (size_t c = 0; c < channels; ++c) {
+    double total = 0;
+    for (int64_t i = 0; i < repeat; ++i) total += sums[c * size_t(repeat) + size_t(i)];
+    sums[c] = total;
+  }
+  sums.resize(channels);
+}
 
 // Gradients for checked arguments. With `overwrite` dx is written over grad, and its place in the
 // result stays empty.
@@ -104,23 +207,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Values mean_values = read_channel(mean, channels, 0);
   const Values invstd_values = read_channel(invstd, channels, 0);
   const Values scale_values = scale_of(invstd_values, weight);
-  const Coefficients centre(mean_values, in_double), scale(scale_values, in_double),
-      shift(read_channel(bias, channels, 0), in_double);
+  const auto [columns, repeat] = columns_of(geometry);
+  const Coefficients centre(mean_values, in_double, repeat), scale(scale_values, in_double, repeat),
+      shift(read_channel(bias, channels, 0), in_double, repeat);
   const auto source = mask_source(relu, mask);
   const auto* bits = mask ? static_cast<const uint16_t*>(mask->const_data_ptr()) : nullptr;
 
   const auto none = [&] { return nothing(x, x.scalar_type()); };
   Tensor dresidual = want_dresidual ? new_like(x) : none();
   void* masked = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
-  Values sum(channels), dot(channels);
+  Values sum(columns.channels), dot(columns.channels);
   const bool reduce = want_dweight || want_dbias || (want_dx && training);
   const bool stream = too_large_for_cache(x);
   if (reduce) {
     cpu::kernels().bn_reduce(
         {grad.const_data_ptr(), x.const_data_ptr(), bits, masked, centre.data(), scale.data(),
-         shift.data(), sum.data(), dot.data(), geometry, dtype, source, stream},
+         shift.data(), sum.data(), dot.data(), columns, dtype, source, stream},
         torch_threads());
   }
+  add_columns(sum, repeat);
+  add_columns(dot, repeat);
   // Once the masked gradient is written it is what the second pass reads.
   const bool behind_relu = reduce && want_dresidual;
   Tensor dx = !want_dx ? none() : (overwrite ? grad : new_like(x));
@@ -129,11 +235,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const double n = double(geometry.count());
     for (double& v : offset) v /= n;
     for (int64_t c = 0; c < channels; ++c) slope[c] *= invstd_values[c] * invstd_values[c] / n;
-    const Coefficients offsets(offset, in_double), slopes(slope, in_double);
+    const Coefficients offsets(offset, in_double, repeat), slopes(slope, in_double, repeat);
     cpu::kernels().bn_grad(
         {behind_relu ? masked : grad.const_data_ptr(), x.const_data_ptr(), bits,
          behind_relu ? nullptr : masked, want_dx ? dx.mutable_data_ptr() : nullptr, centre.data(),
-         scale.data(), shift.data(), training ? offsets.data() : nullptr, slopes.data(), geometry,
+         scale.data(), shift.data(), training ? offsets.data() : nullptr, slopes.data(), columns,
          dtype, behind_relu ? cpu::MaskSource::kNone : source, stream},
         torch_threads());
   }

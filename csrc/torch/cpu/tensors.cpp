@@ -16,6 +16,8 @@ namespace {
 
 constexpr int64_t kHugePage = int64_t(2) << 20;
 constexpr int64_t kHugeFrom = 2 * kHugePage;
+// Pixels of a plane that is walked faster as so many channels of one pixel each.
+constexpr int64_t kSmallPlane = 15;
 // Of the order of a last-level cache: below it the next operation finds the output there.
 constexpr int64_t kStreamFrom = int64_t(16) << 20;
 
@@ -87,8 +89,21 @@ cpu::Geometry geometry_of(const Tensor& x, bool channels_last) {
   return {x.size(0), channels, pixels};
 }
 
+Columns columns_of(const cpu::Geometry& g) {
+  const bool small = g.inner > 1 && g.inner <= kSmallPlane;
+  if (!small) return {g, 1};
+  return {{g.rows, g.channels * g.inner, 1}, g.inner};
+}
+
 Tensor new_like(const Tensor& x) {
-  Tensor y = torch::stable::empty_like(x);
+  // NOTE: not torch::stable::empty_like: that looks its operator up by name at every call.
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(),
+                                                         x.strides().data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  Tensor y(made);
   const int64_t bytes = bytes_of(y);
   if (bytes >= kHugeFrom) advise_huge_pages(y.mutable_data_ptr(), bytes);
   return y;
@@ -131,12 +146,26 @@ cpu::MaskSource mask_source(bool relu, const OptionalTensor& mask) {
   return mask ? cpu::MaskSource::kBits : cpu::MaskSource::kRecompute;
 }
 
-Coefficients::Coefficients(const std::vector<double>& values, bool in_double)
+namespace {
+
+template <class A>
+void repeat_each(const std::vector<double>& values, int64_t repeat, std::vector<A>& out) {
+  if (repeat == 1) {
+    out.assign(values.begin(), values.end());
+    return;
+  }
+  out.reserve(values.size() * size_t(repeat));
+  for (const double value : values) out.insert(out.end(), size_t(repeat), A(value));
+}
+
+}  // namespace
+
+Coefficients::Coefficients(const std::vector<double>& values, bool in_double, int64_t repeat)
     : in_double_(in_double) {
   if (in_double) {
-    doubles_ = values;
+    repeat_each(values, repeat, doubles_);
   } else {
-    floats_.assign(values.begin(), values.end());
+    repeat_each(values, repeat, floats_);
   }
 }
 

@@ -13,6 +13,14 @@ cpu::Parallel torch_threads();
 cpu::DType dtype_of(const Tensor& x, const char* name);
 cpu::Geometry geometry_of(const Tensor& x, bool channels_last);
 
+// Planes (N, C, H, W) of a few pixels are shorter than a vector: there a channel's pixels go as
+// columns of their own, each with its channel's coefficients, `repeat` columns a channel.
+struct Columns {
+  cpu::Geometry geometry;
+  int64_t repeat;
+};
+Columns columns_of(const cpu::Geometry& geometry);
+
 // A new tensor like the dense x. Large ones are put on huge pages, where the system has them: a
 // fresh tensor's page faults otherwise cost several times what writing it does.
 Tensor new_like(const Tensor& x);
@@ -31,10 +39,10 @@ std::vector<double> scale_of(const std::vector<double>& invstd, const OptionalTe
 // Where a backward finds the ReLU's mask.
 cpu::MaskSource mask_source(bool relu, const OptionalTensor& mask);
 
-// Per-channel coefficients in the accumulation type, rounded once from double.
+// Per-channel coefficients in the accumulation type, rounded once from double, each `repeat` times.
 class Coefficients {
  public:
-  Coefficients(const std::vector<double>& values, bool in_double);
+  Coefficients(const std::vector<double>& values, bool in_double, int64_t repeat = 1);
   const void* data() const {
     return in_double_ ? static_cast<const void*>(doubles_.data())
                       : static_cast<const void*>(floats_.data());
@@ -46,6 +54,11 @@ class Coefficients {
   std::vector<float> floats_;
 };
 
+// Forwards that make nothing but y, the CPU's alone.
+Tensor add_relu_inference(Tensor x, Tensor residual);
+Tensor batch_norm_act_inference(Tensor x, OptionalTensor weight, OptionalTensor bias,
+                                OptionalTensor residual, Tensor running_mean, Tensor running_var,
+                                double eps, bool relu);
 // Convolutions of packed weights (resnet_fast/_conv.py), the CPU's alone.
 Tensor conv_winograd(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual,
                      std::vector<int64_t> padding, int64_t tile, bool relu);

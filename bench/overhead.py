@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The cost of the calls: networks on pictures so small that little else is left.
+
+Forward in eval mode without gradients at batch 1, and forward with backward in training mode, both
+at 32 px, float32, NCHW, ours against eager in turn. Training takes two pictures: a single one of 32
+px leaves the last stage one value a channel, which PyTorch's batch norm refuses. And the time that
+accelerate() takes for a ResNet-152.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import resnet_fast as rf
+
+from .job import Emit, Job, Progress, check_equal
+from .kernels import ratios
+from .models import on_reference, plain_resnet
+from .timing import Timings, measure
+
+PIXELS = 32
+BATCH = {"eval": 1, "train": 2}
+
+
+def networks_of(job: Job) -> tuple[str, ...]:
+    """The networks that are timed."""
+    return ("resnet18",) if job.quick else ("resnet18", "resnet50")
+
+
+def step_of(model: nn.Module, images: Tensor, mode: str) -> Callable[[], Tensor]:
+    """One call of the model in a mode: "eval", or "train" with its backward; the output."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model(images)
+        return out
+
+    def forward_backward() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        out: Tensor = model(images)
+        out.sum().backward()
+        return out.detach()
+
+    model.train(mode == "train")
+    return forward if mode == "eval" else forward_backward
+
+
+def seconds_of_accelerate(model: nn.Module, rounds: int) -> Timings:
+    """How long accelerate() takes on a model that is not accelerated."""
+    rf.restore(rf.accelerate(model))  # imports the adapters
+    taken = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        rf.accelerate(model)
+        taken.append(time.perf_counter() - began)
+        rf.restore(model)
+    return Timings({"ours": taken})
+
+
+def _emit_rows(row: dict[str, Any], timings: Timings, emit: Emit) -> None:
+    for provider in timings.seconds:
+        p20, p50, p80 = timings.quantiles(provider)
+        times = {"p20": p20, "p50": p50, "p80": p80, "rounds": timings.rounds}
+        emit(row | {"provider": provider} | times | ratios(timings, provider))
+
+
+def run_overhead(job: Job, emit: Emit, progress: Progress) -> None:
+    """Time every network in both modes, then accelerate(), and emit the rows."""
+    names = networks_of(job)
+    limits = {"budget": 0.5, "max_rounds": 5} if job.quick else {"budget": 20, "max_rounds": 1000}
+    total = 2 * len(names) + 1
+    row: dict[str, Any] = {"kind": "overhead", "dtype": "float32", "layout": "nchw"}
+    for index, name in enumerate(names):
+        base, source = plain_resnet(name)
+        ours = rf.accelerate(copy.deepcopy(base))
+        for at, (mode, batch) in enumerate(BATCH.items()):
+            progress(2 * index + at, total, f"{name} {mode}")
+            generator = torch.Generator().manual_seed(1)
+            images = torch.randn(batch, 3, PIXELS, PIXELS, generator=generator)
+            eager = on_reference(step_of(base, images, mode), source == "resnet_fast")
+            rivals = {"eager": eager, "ours": step_of(ours, images, mode)}
+            expected = {"output": eager()}
+            check_equal(f"{name} {mode}", {"output": rivals["ours"]()}, expected, torch.float32)
+            timings = measure(rivals, **limits)
+            facts = {"name": name, "shape": list(images.shape), "mode": mode, "source": source}
+            _emit_rows(row | facts, timings, emit)
+    name = "resnet18" if job.quick else "resnet152"
+    progress(total - 1, total, f"accelerate({name})")
+    model, source = plain_resnet(name)
+    timings = seconds_of_accelerate(model, 3 if job.quick else 20)
+    facts = {"name": name, "shape": [], "mode": "accelerate", "source": source}
+    _emit_rows(row | facts, timings, emit)
+    progress(total, total, "overhead")

@@ -31,7 +31,7 @@ _SAMPLEWISE = {
 }
 # No value of a piece is larger, if one sample's is not. glibc keeps freed blocks below 32 MiB for
 # the next call, and gives larger ones back to the system: each use then costs its page faults.
-PIECE_BYTES = 24 << 20
+PIECE_BYTES = 26 << 20
 
 
 def samplewise(trace: Trace) -> bool:

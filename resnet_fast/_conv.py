@@ -59,13 +59,15 @@ def pack_winograd(weight: Tensor, tile: int) -> Tensor:
     """
     g = filter_transform(tile)
     taps = weight.double().permute(2, 3, 1, 0).reshape(9, -1)
-    return _panels((torch.kron(g, g) @ taps).reshape(-1, weight.size(1), len(weight)))
+    points: Tensor = torch.kron(g, g) @ taps
+    return _panels(points.reshape(-1, weight.size(1), len(weight)))
 
 
 def _panels(matrices: Tensor) -> Tensor:
     """(matrices, K, C_out) -> (matrices, panels, K, 32), zeros behind C_out."""
-    matrices = F.pad(matrices.float(), (0, -matrices.size(2) % PANEL))
-    return matrices.unflatten(2, (-1, PANEL)).transpose(1, 2).contiguous()
+    padded = F.pad(matrices.float(), (0, -matrices.size(2) % PANEL))
+    panels: Tensor = padded.unflatten(2, (-1, PANEL)).transpose(1, 2)
+    return panels.contiguous()
 
 
 def _matrices(panels: Tensor, channels: int) -> Tensor:

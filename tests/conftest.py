@@ -7,9 +7,11 @@ not load; otherwise their absence is one visible skip (test_dispatch.py), never 
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # NOTE: taken out of the environment before resnet_fast is imported: the suite also tests calls
@@ -148,6 +150,24 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             monkeypatch.setattr(functional, f"_{op}", getattr(_plain, op))
     with rf.use_backend(chosen.backend):
         yield chosen
+
+
+INSTRUCTION_SETS = {"baseline": 0, "avx2": 1, "avx512": 2}
+
+
+@pytest.fixture(params=list(INSTRUCTION_SETS))
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this processor runs, its CPU kernels switched on for the test."""
+    if not rf.is_available():
+        pytest.skip(str(rf.why_unavailable()))
+    library = ctypes.CDLL(str(Path(rf.__file__).parent / "_kernels.so"))
+    choose = library.resnet_fast_use_instruction_set
+    if choose(INSTRUCTION_SETS[request.param]) != 0:
+        pytest.skip(f"this processor does not run {request.param}")
+    yield request.param
+    widest = max(value for value in INSTRUCTION_SETS.values() if choose(value) == 0)
+    assert choose(widest) == 0
+    assert choose(99) == -1
 
 
 @pytest.fixture

@@ -1,32 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The CPU kernels of every instruction set that this processor runs give the plain ops' results."""
 
-import ctypes
-from pathlib import Path
-
 import pytest
 import torch
 
-import resnet_fast as rf
 from resnet_fast import _plain
 
-SETS = {"baseline": 0, "avx2": 1, "avx512": 2}
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SHAPES = [(4, 5, 3, 3), (2, 64, 9, 7), (3, 1000, 1, 1), (2, 3, 7, 7)]
-
-
-@pytest.fixture(params=list(SETS))
-def instruction_set(request):
-    if not rf.is_available():
-        pytest.skip(str(rf.why_unavailable()))
-    library = ctypes.CDLL(str(Path(rf.__file__).parent / "_kernels.so"))
-    choose = library.resnet_fast_use_instruction_set
-    if choose(SETS[request.param]) != 0:
-        pytest.skip(f"this processor does not run {request.param}")
-    yield request.param
-    widest = max(value for value in SETS.values() if choose(value) == 0)
-    assert choose(widest) == 0
-    assert choose(99) == -1
 
 
 def _close(ours, plain, dtype, relative):

@@ -15,7 +15,7 @@ from inference_cases import agrees, eager, image, lively, table
 from torch import Tensor, nn
 
 import resnet_fast as rf
-from resnet_fast.inference import batches, cpu
+from resnet_fast.inference import batches, cpu, winograd
 
 torchvision: Any = shims.torchvision_or_skip()
 from torchvision import models as tv  # noqa: E402
@@ -296,9 +296,53 @@ def test_threads(resnet18: nn.Module, fast18: nn.Module) -> None:
 def test_no_private_operators(resnet18: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "why_not_packed", lambda dtype: "this PyTorch has no such operator")
     fast = rf.optimize_for_inference(resnet18, X)
-    assert {row.implementation for row in rf.explain(fast).rows} == {cpu.PLAIN, "PyTorch"}
-    assert "no such operator" in str(rf.explain(fast))
     agrees(fast, resnet18, X)
+    assert "no such operator" in str(rf.explain(fast))
+    assert cpu.PACKED not in {how for _, how in table(fast).values()}
+    monkeypatch.setattr(winograd, "is_plain", lambda spec, weight: False)
+    fast = rf.optimize_for_inference(resnet18, X)
+    agrees(fast, resnet18, X)
+    assert {row.implementation for row in rf.explain(fast).rows} == {cpu.PLAIN, "PyTorch"}
+
+
+def test_tiles_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large maps, small maps and single pixels take another way each, and all agree."""
+    chosen = {size: winograd.choose_tile(size, [1, 1]) for size in CONV_SIZES}
+    assert chosen == CONV_SIZES
+    asked = []
+    choose = winograd.choose_tile
+    monkeypatch.setattr(
+        winograd, "choose_tile", lambda *args: asked.append(choose(*args)) or asked[-1]
+    )
+    model = lively(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()))
+    fast = rf.optimize_for_inference(model, image(1, 64, 8, 8))
+    for size in (56, 6, 1):
+        agrees(fast, model, image(1, 64, size, size))
+    assert asked == [4, 2, 0]
+
+
+CONV_SIZES = {
+    (1, 64, 56, 56): 4,
+    (16, 512, 7, 7): 4,
+    (1, 256, 14, 14): 2,
+    (1, 512, 7, 7): 2,
+    (1, 64, 6, 6): 2,
+    (1, 512, 2, 2): 0,
+    (1, 64, 1, 1): 0,
+}
+
+
+def test_the_stem_is_pooled_line_by_line(resnet18: nn.Module, fast18: nn.Module) -> None:
+    """And not where the pooling is another one, or somebody else reads the stem."""
+    assert table(fast18)["conv1"] == ("conv + bn + relu + max-pool", cpu.STEM)
+    model = copy.deepcopy(resnet18)
+    model.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+    fast = rf.optimize_for_inference(model, X)
+    assert cpu.STEM not in {how for _, how in table(fast).values()}
+    agrees(fast, model, X)
+    net = Net(lambda m, x: (m.p(y := m.a(x)), y), a=conv(3, 16), p=nn.MaxPool2d(3, 2, 1))
+    fast = rf.optimize_for_inference(net, image(2, 3, 16, 16))
+    agrees(fast, net, image(2, 3, 16, 16))
 
 
 def test_sizes_that_the_graph_depends_on() -> None:

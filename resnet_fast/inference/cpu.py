@@ -7,7 +7,6 @@ missing or refuses the weights, F.conv2d runs, followed by the sum and the ReLU 
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -85,11 +84,16 @@ def make_conv(
 def _unpooled(
     spec: ConvSpec, weight: Tensor, bias: Tensor | None
 ) -> tuple[Callable[..., Tensor], str, str]:
-    why = why_not_packed(weight.dtype)
     if winograd.suits(spec, weight):
-        other = _plain if why else _packed
-        direct = functools.partial(other, spec, weight, bias)
-        return winograd.make_conv(spec, weight, bias, direct), WINOGRAD, ""
+        conv = winograd.make_conv(spec, weight, bias, lambda: _of_library(spec, weight, bias)[0])
+        return conv, WINOGRAD, ""
+    return _of_library(spec, weight, bias)
+
+
+def _of_library(
+    spec: ConvSpec, weight: Tensor, bias: Tensor | None
+) -> tuple[Callable[..., Tensor], str, str]:
+    why = why_not_packed(weight.dtype)
     if not why:
         try:
             return _packed(spec, weight, bias), PACKED, ""

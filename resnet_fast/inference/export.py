@@ -100,7 +100,11 @@ class _Copier:
         y = self._graph.call_function(aten.conv2d.default, args)
         if residual is not None:
             y = self._graph.call_function(aten.add.Tensor, (y, self._copied(residual)))
-        return self._graph.call_function(aten.relu.default, (y,)) if spec.relu else y
+        if spec.relu:
+            y = self._graph.call_function(aten.relu.default, (y,))
+        if spec.max_pool:
+            y = self._graph.call_function(aten.max_pool2d.default, (y, [3, 3], [2, 2], [1, 1]))
+        return y
 
 
 def program(model: nn.Module, example_input: Tensor) -> torch.export.ExportedProgram:

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh) setup.py tools/extension_build.py tools/cuda_build.py
-FORMATTED := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/kernels/*.cpp tests/kernels/*.h)
+FORMATTED := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/kernels*/*.cpp tests/kernels/*.h)
 
 .PHONY: demo test test-slow test-kernels lint format build bench clean
 

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU's convolutions on buffers of exactly their size, under AddressSanitizer and UBSan: what
+// reads or writes past an edge ends the program. Numbers are tested from Python.
+#include <cstdio>
+#include <vector>
+
+#include "cpu/params.h"
+#include "cpu/table.h"
+
+using namespace resnet_fast::cpu;
+
+namespace {
+
+// Pieces of three, as uneven as threads get them.
+void run(int64_t n, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  for (int64_t i = 0; i < n; i += 3) body(i, i + 3 < n ? i + 3 : n, context);
+}
+
+struct Shape {
+  int64_t n, in_c, out_c, h, w, kernel, stride, padding;
+};
+
+ConvParams params(const Shape& s) {
+  ConvParams p{};
+  p.n = s.n, p.in_c = s.in_c, p.out_c = s.out_c, p.in_h = s.h, p.in_w = s.w;
+  p.kernel_h = p.kernel_w = s.kernel, p.stride_h = p.stride_w = s.stride;
+  p.pad_h = p.pad_w = s.padding;
+  p.out_h = (s.h + 2 * s.padding - s.kernel) / s.stride + 1;
+  p.out_w = (s.w + 2 * s.padding - s.kernel) / s.stride + 1;
+  p.relu = true;
+  return p;
+}
+
+// Calls the kernel with buffers for `taps` matrices of weights and outputs of out_h x out_w.
+template <class Kernel>
+void call(ConvParams p, int64_t taps, int64_t out_h, int64_t out_w, bool residual,
+          const Kernel& kernel) {
+  const std::vector<float> x(p.n * p.in_h * p.in_w * p.in_c, 1.0f);
+  const std::vector<float> weight(taps * p.in_c * ((p.out_c + 31) / 32 * 32), 0.5f);
+  const std::vector<float> bias(p.out_c, 1.0f), added(residual ? p.n * out_h * out_w * p.out_c : 0);
+  std::vector<float> y(p.n * out_h * out_w * p.out_c);
+  p.x = x.data(), p.weight = weight.data(), p.bias = bias.data(), p.y = y.data();
+  p.residual = residual ? added.data() : nullptr;
+  kernel(p);
+}
+
+void winograd(const Shape& s, const Parallel& parallel) {
+  const ConvParams p = params(s);
+  for (int tile : {2, 4}) {
+    for (bool residual : {false, true}) {
+      call(p, (tile + 2) * (tile + 2), p.out_h, p.out_w, residual,
+           [&](const ConvParams& full) { RF_ISA::conv_winograd(full, tile, parallel); });
+    }
+  }
+}
+
+void stem(const Shape& s, const Parallel& parallel) {
+  const ConvParams p = params(s);
+  for (bool pool : {false, true}) {
+    const int64_t h = pool ? (p.out_h - 1) / 2 + 1 : p.out_h;
+    const int64_t w = pool ? (p.out_w - 1) / 2 + 1 : p.out_w;
+    call(p, s.kernel * s.kernel, h, w, false,
+         [&](const ConvParams& full) { RF_ISA::conv_stem(full, pool, parallel); });
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int64_t threads : {1, 3}) {
+    const Parallel parallel{threads, run};
+    for (int64_t padding : {1, 2}) {
+      winograd({2, 64, 64, 14, 14, 3, 1, padding}, parallel);
+      winograd({1, 16, 48, 9, 11, 3, 1, padding}, parallel);
+      winograd({3, 80, 32, 7, 5, 3, 1, padding}, parallel);
+      winograd({1, 16, 16, 1, 2, 3, 1, padding}, parallel);
+      winograd({1, 256, 96, 6, 6, 3, 1, padding}, parallel);
+    }
+    stem({2, 3, 64, 37, 41, 7, 2, 3}, parallel);
+    stem({1, 1, 48, 9, 12, 3, 1, 1}, parallel);
+    stem({3, 4, 32, 8, 8, 5, 2, 0}, parallel);
+    stem({2, 8, 16, 3, 5, 3, 2, 1}, parallel);
+    stem({1, 3, 16, 4, 33, 1, 1, 0}, parallel);
+  }
+  std::puts("clean");
+}

@@ -105,7 +105,7 @@ def gated_join(
     identity = x if block.downsample is None else _shortcut(block.downsample, x)
     # NOTE: a hook on the last gate may have kept its output, which the plain forward adds into.
     hooked = any(gate._forward_hooks or gate._backward_hooks for gate in gates)
-    if relu and not hooked and not _why_not_add(out, identity):
+    if relu and not hooked and not why_not_add(out, identity):
         return functional.add_relu(out, identity)
     out += identity
     return cast(Tensor, act(out))
@@ -120,17 +120,25 @@ def _join(block: Any, bn: nn.Module, relu: nn.Module, out: Tensor, x: Tensor) ->
         out += downsample(x)
         return cast(Tensor, relu(out))
     identity = x if downsample is None else _shortcut(downsample, x)
-    why = _why_not_add(out, identity)
-    state = fusable(bn, out) if not why and plain_module(relu, nn.ReLU) else None
-    if state is not None:
-        return fused(bn, state, out, identity, "relu")
-    fell_back("batch_norm_act", out, why or why_not_fused(bn, out, relu))
+    y = fused_join(bn, relu, out, identity)
+    if y is not None:
+        return y
     out = bn(out)
     out += identity  # in place, as the plain forward: it decides the dtype and what may broadcast
     return cast(Tensor, relu(out))
 
 
-def _why_not_add(out: Tensor, identity: Tensor) -> str:
+def fused_join(bn: nn.Module, relu: nn.Module, out: Tensor, identity: Tensor) -> Tensor | None:
+    """relu(bn(out) + identity) as one op; None, and the reason recorded, if it cannot be one."""
+    why = why_not_add(out, identity)
+    state = fusable(bn, out) if not why and plain_module(relu, nn.ReLU) else None
+    if state is not None:
+        return fused(bn, state, out, identity, "relu")
+    fell_back("batch_norm_act", out, why or why_not_fused(bn, out, relu))
+    return None
+
+
+def why_not_add(out: Tensor, identity: Tensor) -> str:
     """Why the sum of a branch and its shortcut is not the plain one of equals; "" if it is."""
     if not plain_tensor(identity):
         return f"the shortcut is a {type(identity).__name__}, not a plain torch.Tensor"

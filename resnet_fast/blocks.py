@@ -102,7 +102,7 @@ def gated_join(
     out = bn_act(bn, out, activation=None)
     for gate in gates:
         out = gate(out)
-    identity = x if block.downsample is None else _shortcut(block.downsample, x)
+    identity = shortcut(block.downsample, x)
     # NOTE: a hook on the last gate may have kept its output, which the plain forward adds into.
     hooked = any(gate._forward_hooks or gate._backward_hooks for gate in gates)
     if relu and not hooked and not why_not_add(out, identity):
@@ -119,7 +119,7 @@ def _join(block: Any, bn: nn.Module, relu: nn.Module, out: Tensor, x: Tensor) ->
         out = bn(out)
         out += downsample(x)
         return cast(Tensor, relu(out))
-    identity = x if downsample is None else _shortcut(downsample, x)
+    identity = shortcut(downsample, x)
     y = fused_join(bn, relu, out, identity)
     if y is not None:
         return y
@@ -164,9 +164,14 @@ def _shares_state(m: nn.Module, bn: nn.Module) -> bool:
     )
 
 
-def _shortcut(downsample: nn.Module, x: Tensor) -> Tensor:
-    """downsample(x), with the norm that ends a plain Sequential as the fused op."""
-    if not downsample._modules:
+def shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
+    """downsample(x), with the norm that ends a plain Sequential as the fused op; x for None.
+
+    x: (N, C, H, W). Raises whatever downsample raises.
+    """
+    if downsample is None:
+        return x
+    if not (downsample._modules and plain_context(x)):
         return cast(Tensor, downsample(x))
     *head, last = cast("list[nn.Module]", downsample._modules.values())
     if not (plain_module(downsample, nn.Sequential) and plain_norm(last)):

@@ -20,12 +20,8 @@ from resnet_fast import dispatch
 
 timm = shims.timm_or_skip()
 
-WAY = Way(
-    "U19",
-    "residual variants",
-    why="a block with a forward of its own: by the adapter registered for it; without one it alone "
-    "runs plain",
-)
+# Without its adapter a block with a forward of its own runs plain, and explain() says so.
+WAY = Way("U19", "residual variants; blocks of one's own by the adapter registered for them")
 NAMES = {
     "seresnet18": {},
     "ecaresnet26t": {},

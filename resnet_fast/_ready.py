@@ -228,7 +228,11 @@ def block_ready(owner: nn.Module, norms: tuple[str, ...], x: object) -> bool:
 
 def fell_back(op: str, x: object, why: str) -> None:
     """Record that op on x runs the reference, and why."""
-    if not isinstance(x, fx.Proxy):  # symbolic tracing computes nothing: there is nothing to record
+    if isinstance(x, fx.Proxy):  # symbolic tracing computes nothing: there is nothing to record
+        from resnet_fast import graphs  # which is made of blocks
+
+        graphs.traced(x)
+    else:
         dispatch.note(op, "reference", why)
 
 

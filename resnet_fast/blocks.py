@@ -102,10 +102,10 @@ def gated_join(
     out = bn_act(bn, out, activation=None)
     for gate in gates:
         out = gate(out)
-    identity = x if block.downsample is None else _shortcut(block.downsample, x)
+    identity = shortcut(block.downsample, x)
     # NOTE: a hook on the last gate may have kept its output, which the plain forward adds into.
     hooked = any(gate._forward_hooks or gate._backward_hooks for gate in gates)
-    if relu and not hooked and not _why_not_add(out, identity):
+    if relu and not hooked and not why_not_add(out, identity):
         return functional.add_relu(out, identity)
     out += identity
     return cast(Tensor, act(out))
@@ -119,18 +119,26 @@ def _join(block: Any, bn: nn.Module, relu: nn.Module, out: Tensor, x: Tensor) ->
         out = bn(out)
         out += downsample(x)
         return cast(Tensor, relu(out))
-    identity = x if downsample is None else _shortcut(downsample, x)
-    why = _why_not_add(out, identity)
-    state = fusable(bn, out) if not why and plain_module(relu, nn.ReLU) else None
-    if state is not None:
-        return fused(bn, state, out, identity, "relu")
-    fell_back("batch_norm_act", out, why or why_not_fused(bn, out, relu))
+    identity = shortcut(downsample, x)
+    y = fused_join(bn, relu, out, identity)
+    if y is not None:
+        return y
     out = bn(out)
     out += identity  # in place, as the plain forward: it decides the dtype and what may broadcast
     return cast(Tensor, relu(out))
 
 
-def _why_not_add(out: Tensor, identity: Tensor) -> str:
+def fused_join(bn: nn.Module, relu: nn.Module, out: Tensor, identity: Tensor) -> Tensor | None:
+    """relu(bn(out) + identity) as one op; None, and the reason recorded, if it cannot be one."""
+    why = why_not_add(out, identity)
+    state = fusable(bn, out) if not why and plain_module(relu, nn.ReLU) else None
+    if state is not None:
+        return fused(bn, state, out, identity, "relu")
+    fell_back("batch_norm_act", out, why or why_not_fused(bn, out, relu))
+    return None
+
+
+def why_not_add(out: Tensor, identity: Tensor) -> str:
     """Why the sum of a branch and its shortcut is not the plain one of equals; "" if it is."""
     if not plain_tensor(identity):
         return f"the shortcut is a {type(identity).__name__}, not a plain torch.Tensor"
@@ -156,9 +164,14 @@ def _shares_state(m: nn.Module, bn: nn.Module) -> bool:
     )
 
 
-def _shortcut(downsample: nn.Module, x: Tensor) -> Tensor:
-    """downsample(x), with the norm that ends a plain Sequential as the fused op."""
-    if not downsample._modules:
+def shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
+    """downsample(x), with the norm that ends a plain Sequential as the fused op; x for None.
+
+    x: (N, C, H, W). Raises whatever downsample raises.
+    """
+    if downsample is None:
+        return x
+    if not (downsample._modules and plain_context(x)):
         return cast(Tensor, downsample(x))
     *head, last = cast("list[nn.Module]", downsample._modules.values())
     if not (plain_module(downsample, nn.Sequential) and plain_norm(last)):

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from resnet_fast import adapters
+from resnet_fast import adapters, graphs
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,6 +35,8 @@ def accelerate(model: Model) -> Model:
 def restore(model: Model) -> Model:
     """Give every accelerated module in a model the class it had; returns the same model.
 
+    A graph that torch.fx traced from an accelerated model gets PyTorch's code back.
+
     Raises TypeError if model is not an nn.Module, and RuntimeError, before anything changes, if a
     module was put into yet another class after accelerate() (as FSDP's fully_shard does).
     """
@@ -51,6 +53,8 @@ def restore(model: Model) -> Model:
             )
     for module, original in accelerated:
         _change_class(module, original)
+    for module in model.modules():
+        graphs.restore_code(module)
     return model
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from resnet_fast import adapters, dispatch
+from resnet_fast import adapters, dispatch, graphs
 from resnet_fast._ready import why_not_block, why_not_module
 from resnet_fast.inference.module import OptimizedModule
 from resnet_fast.inference.table import Table
@@ -100,11 +100,13 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation | Tabl
 
 # ---- what there is -------------------------------------------------------------------------------
 def _units(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that ask for fused ops: our blocks, and accelerated ones."""
+    """The modules that ask for fused ops: our blocks, accelerated ones, graphs traced from them."""
     return {
         name: module
         for name, module in model.named_modules()
-        if hasattr(type(module), "_resnet_fast_norms") or isinstance(module, AddReLU | ConvBNAct2d)
+        if hasattr(type(module), "_resnet_fast_norms")
+        or isinstance(module, AddReLU | ConvBNAct2d)
+        or graphs.is_fused(module)
     }
 
 
@@ -130,7 +132,7 @@ def _left_out(model: nn.Module, units: dict[str, nn.Module]) -> list[Row]:
     inside: tuple[str, ...] = ()  # blocks whose own modules need no row
     for name, module in model.named_modules():
         if name in units:
-            inside += _within(name, type(module))
+            inside += _within(name, type(module), graphs.is_fused(module))
             continue
         if name.startswith(inside):
             continue
@@ -151,9 +153,9 @@ def _has_bare_norm(module: nn.Module) -> bool:
     )
 
 
-def _within(name: str, cls: type[nn.Module]) -> tuple[str, ...]:
+def _within(name: str, cls: type[nn.Module], block: bool = False) -> tuple[str, ...]:
     """The prefix of what lies in a block; () for a whole model or a sequence of any modules."""
-    block = len(_norms(cls)) > 1 or hasattr(cls, "_resnet_fast_block")
+    block = block or len(_norms(cls)) > 1 or hasattr(cls, "_resnet_fast_block")
     return () if not block else (f"{name}." if name else "",)
 
 

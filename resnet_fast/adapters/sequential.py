@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-from resnet_fast import blocks
+from resnet_fast import blocks, graphs
 from resnet_fast._ready import legacy_hook, plain_context, plain_norm
 from resnet_fast.adapters import register_adapter, replaced
 
@@ -31,6 +31,8 @@ class Sequential(nn.Sequential):
             or legacy_hook(self)
             or replaced(self, input, "forward", _FORWARD)
         ):
+            if isinstance(input, fx.Proxy):
+                graphs.traced(input)
             return super().forward(input)
         return _run(iter(self._modules.values()), input)
 

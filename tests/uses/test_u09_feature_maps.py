@@ -3,25 +3,23 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import with_torchvision  # noqa: F401
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from twins import Results
-from ways import EXCEPT, Way, gradients, photos, small_basic, small_bottleneck, state, tv
+from ways import Way, fast_twin, gradients, make, photos, small_basic, small_bottleneck, state, tv
 
 import resnet_fast as rf
 
-WAY = Way(
-    "U09",
-    "feature maps",
-    EXCEPT,
-    "create_feature_extractor: its graph holds standard operators",
-)
+WAY = Way("U09", "feature maps")
 LAYERS = {"layer1": "a", "layer2": "b", "layer3": "c", "layer4": "d"}
 
 
@@ -60,9 +58,20 @@ def truncated(model: Any) -> Results:
     return {"y": y.detach()} | gradients(net) | state(net)
 
 
-def extractor(model: Any) -> Results:
-    nodes = ["relu", "layer1.0.relu", "layer2.0.add", "layer3", "flatten"]
-    return dict(create_feature_extractor(model.eval(), nodes)(photos()))
+def extracted(nodes: list[str], train: bool) -> Any:
+    """The maps of these nodes, and where `train` is set what a backward through all leaves."""
+
+    def use(model: Any) -> Results:
+        net = create_feature_extractor(model.train(train), nodes)
+        maps = net(photos())
+        results = {name: y.detach().clone() for name, y in maps.items()}
+        if train:
+            sum(y.square().mean() for y in maps.values()).backward()
+            # Nothing else may have moved, and the parameters are the model's own.
+            results |= gradients(model) | state(model)
+        return results | {"itself": model.eval()(photos()).detach()}
+
+    return use
 
 
 def test_unet() -> None:
@@ -74,9 +83,59 @@ def test_truncated() -> None:
     WAY.check(small_bottleneck, truncated)
 
 
-def test_feature_extractor_gives_the_same_maps_by_plain_operators() -> None:
+NODES = ["relu", "layer1.0.relu", "layer2.0.add", "layer3", "flatten"]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_feature_extractor(train: bool) -> None:
+    WAY.check(small_basic, extracted(NODES, train))
+    WAY.check(small_bottleneck, extracted(NODES, train), libraries=("torchvision",))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_feature_extractor_of_every_node(train: bool) -> None:
+    """Each name that tracing gives, in mixtures: what is asked for is not fused away."""
+    names = get_graph_node_names(small_basic(tv))
+    assert get_graph_node_names(rf.accelerate(small_basic(tv))) == names
+    assert len(names[0]) > 40
+    for start in range(4):
+        WAY.check(small_basic, extracted(names[0][start::4], train), libraries=("torchvision",))
+
+
+@pytest.mark.parametrize("nodes", [["layer4"], NODES])
+def test_every_norm_of_an_extractor_is_fused(nodes: list[str]) -> None:
+    net = create_feature_extractor(
+        fast_twin("torchvision", small_basic, make(small_basic, tv)), nodes
+    )
+    rows = rf.explain(net, photos()).rows
+    assert [row.reason for row in rows] == [""]
+    assert (rows[0].module, rows[0].op, rows[0].calls) == ("", "batch_norm_act", 12)
+    if rf.is_available():
+        assert rows[0].implementation != "reference"
+    text = net.code
+    assert text.count("norm_add_relu(") == (4 if nodes == ["layer4"] else 3)
+    assert "norm" not in rf.restore(net).code
+
+
+def test_extractor_copied_pickled_and_traced_again() -> None:
     def use(model: Any) -> Results:
-        return extractor(model) | {"fast again": model(photos())}
+        net = create_feature_extractor(model.eval(), NODES)
+        file = io.BytesIO()
+        torch.save(net, file)
+        file.seek(0)
+        twins = copy.deepcopy(net), torch.load(file, weights_only=False), fx.symbolic_trace(net)
+        return {f"{i} {k}": y for i, t in enumerate(twins) for k, y in t(photos()).items()}
+
+    WAY.check(small_basic, use, libraries=("torchvision",))
+
+
+def test_norms_that_share_statistics_keep_their_order() -> None:
+    def use(model: Any) -> Results:
+        block = model.layer2[0]
+        block.downsample[1].running_mean = block.bn2.running_mean
+        block.downsample[1].running_var = block.bn2.running_var
+        net = create_feature_extractor(model, ["layer4"])
+        return {"y": net(photos())["layer4"].detach()} | state(model)
 
     WAY.check(small_basic, use, libraries=("torchvision",))
 

@@ -13,19 +13,15 @@ import with_torchvision  # noqa: F401
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from twins import Results, assert_same, image, randomise
-from ways import EXCEPT, Way, assert_path, photos, small_basic, train, tv
+from ways import Way, assert_path, make, photos, small_basic, train, tv
 
 import resnet_fast as rf
 from resnet_fast import dispatch
 
 timm = shims.timm_or_skip()
 
-WAY = Way(
-    "U19",
-    "residual variants",
-    EXCEPT,
-    "a block with a forward of its own, until it has an adapter",
-)
+# Without its adapter a block with a forward of its own runs plain, and explain() says so.
+WAY = Way("U19", "residual variants; blocks of one's own by the adapter registered for them")
 NAMES = {
     "seresnet18": {},
     "ecaresnet26t": {},
@@ -74,17 +70,39 @@ class NoAdd(BasicBlock):
         return self.relu(self.bn2(self.conv2(out)))
 
 
+class Attention(BasicBlock):
+    """ECA-Net: a gate for each channel, from the means of its neighbours, before the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out = out * channel_gate(self.gate, out)
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.relu(out + identity)
+
+
+def channel_gate(conv: Any, x: Tensor) -> Tensor:
+    means = x.mean((2, 3)).unsqueeze(1)
+    return conv(means).sigmoid().transpose(1, 2).unsqueeze(-1)
+
+
+def fast_attention(block: Any, x: Tensor, plain: Any) -> Tensor:
+    out = rf.blocks.bn_act(block.bn1, block.conv1(x))
+    out = rf.blocks.bn_act(block.bn2, block.conv2(out), activation=None)
+    identity = rf.blocks.shortcut(block.downsample, x)
+    return rf.functional.add_relu(out * channel_gate(block.gate, out), identity)
+
+
 def fast_scaled(block: Any, x: Tensor, plain: Any) -> Tensor:
     out = rf.blocks.bn_act(block.bn1, block.conv1(x))
     out = 0.17 * rf.blocks.bn_act(block.bn2, block.conv2(out), activation=None)
-    identity = x if block.downsample is None else block.downsample(x)
+    identity = rf.blocks.shortcut(block.downsample, x)
     return rf.functional.add_relu(identity, out)
 
 
 def fast_act_before_add(block: Any, x: Tensor, plain: Any) -> Tensor:
     out = rf.blocks.bn_act(block.bn1, block.conv1(x))
     out = rf.blocks.bn_act(block.bn2, block.conv2(out))
-    return out + (x if block.downsample is None else block.downsample(x))
+    return out + rf.blocks.shortcut(block.downsample, x)
 
 
 def fast_no_add(block: Any, x: Tensor, plain: Any) -> Tensor:
@@ -92,7 +110,12 @@ def fast_no_add(block: Any, x: Tensor, plain: Any) -> Tensor:
     return rf.blocks.bn_act(block.bn2, block.conv2(out))
 
 
-ADAPTERS = {Scaled: fast_scaled, ActBeforeAdd: fast_act_before_add, NoAdd: fast_no_add}
+ADAPTERS = {
+    Scaled: fast_scaled,
+    Attention: fast_attention,
+    ActBeforeAdd: fast_act_before_add,
+    NoAdd: fast_no_add,
+}
 
 
 def own(block: type) -> Any:
@@ -102,34 +125,49 @@ def own(block: type) -> Any:
         model = small_basic(lib)
         for layer in (model.layer1, model.layer2):  # type: ignore[union-attr]
             layer[0].__class__ = block
+            if block is Attention:
+                layer[0].gate = nn.Conv1d(1, 1, 3, padding=1, bias=False)
         return model
 
     return build
 
 
+def norm_calls(model: Any) -> int:
+    """How many batch norms a forward of the model runs on the fast path."""
+    with dispatch.recording() as events:
+        model(image(2, 3, 32, 32))
+    assert_path(events)
+    return sum(e.op == "batch_norm_act" and e.impl != "reference" for e in events)
+
+
 @pytest.mark.parametrize("block", ADAPTERS)
-def test_own_blocks_are_left_alone_until_they_have_an_adapter(
-    block: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_blocks_by_their_adapters(block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rf.adapters, "_ADAPTERS", dict(rf.adapters._ADAPTERS))
+    rf.register_adapter(block, ADAPTERS[block])
+    build = own(block)
+    WAY.check(build, train, libraries=("torchvision",))
+    model = rf.accelerate(make(build, tv))
+    assert not [row for row in rf.explain(model).rows if row.reason]
+    if rf.is_available():
+        # The stem's, two in each block and one in each shortcut; without a sum there is none.
+        assert norm_calls(model) == (11 if block is NoAdd else 12)
+    assert type(rf.restore(model).layer2[0]) is block
+
+
+@pytest.mark.parametrize("block", ADAPTERS)
+def test_own_blocks_are_left_alone_without_an_adapter(block: Any) -> None:
+    """Equal, the other blocks fused, and explain() says which are not."""
     build = own(block)
 
     def use(model: Any) -> Results:
         return train(model, steps=1)
 
-    WAY.check(build, use, libraries=("torchvision",))  # the others are fast; these are not asked
-    rows = rf.explain(rf.accelerate(build(tv))).rows
-    left = [row for row in rows if row.reason]
-    assert [row.reason for row in left] == [f"{block.__name__} overrides forward"] * 2
-
-    monkeypatch.setattr(rf.adapters, "_ADAPTERS", dict(rf.adapters._ADAPTERS))
-    rf.register_adapter(block, ADAPTERS[block])
     WAY.check(build, use, libraries=("torchvision",))
-    model = rf.accelerate(build(tv))
-    assert not [row for row in rf.explain(model).rows if row.reason]
-    with dispatch.recording() as events:
-        model.layer2[0](image(2, 64, 8, 8).float())
-    assert_path(events)
-    assert type(rf.restore(model).layer2[0]) is block
+    model = rf.accelerate(make(build, tv))
+    left = [row for row in rf.explain(model).rows if row.reason]
+    assert [row.reason for row in left] == [f"{block.__name__} overrides forward"] * 2
+    if rf.is_available():
+        assert norm_calls(model) == 7
 
 
 def test_guidance_removes_the_sum_of_one_block_only() -> None:

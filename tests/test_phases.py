@@ -114,10 +114,15 @@ def test_backward_phases(
 def test_the_phases_are_the_whole(
     ops: Any, dtype: torch.dtype, layout: str, residual: bool, relu: bool
 ) -> None:
-    x, grad = draw(dtype, layout, 1), draw(dtype, "contiguous", 2)
+    # NOTE: on the CPU the whole walks planes of under 16 pixels as columns, whose sums have another
+    # order than the phases': bitwise equal are larger ones.
+    x, grad, r = (
+        draw(dtype, order, seed, shape=(4, 6, 5, 5))
+        for seed, order in ((1, layout), (2, "contiguous"), (3, layout))
+    )
     acc = accumulate_dtype(dtype)
     weight, bias = torch.rand(6, dtype=acc) + 0.5, torch.randn(6, dtype=acc)
-    r = draw(dtype, layout, 3) if residual else None
+    r = r if residual else None
     save = relu and residual
     y, mean, invstd, mask = ops.batch_norm_act_forward(
         x, weight, bias, r, None, None, True, 0.1, 1e-5, relu, save

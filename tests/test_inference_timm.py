@@ -32,13 +32,17 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
     "resnetaa50d": ({}, 0, 0),
     "resnetv2_18": ({}, 9, 0),
 }
+# A second of each kind, in `make test-slow`.
+SLOW = {"resnet18 drop path", "resnet18 output stride", "resnext50_32x4d", "resnetaa50d"}
 
 
 def count(model: nn.Module, kind: type[nn.Module]) -> int:
     return sum(isinstance(module, kind) for module in model.modules())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in MODELS]
+)
 def test_agrees_and_folds(name: str) -> None:
     options, left, more = MODELS[name]
     options = options if "features_only" in options else {**options, "num_classes": 7}

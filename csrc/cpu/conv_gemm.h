@@ -2,7 +2,7 @@
 // The matrix product inside the convolutions: rows of pixels times a panel of 32 output channels.
 //
 // A's rows lie a fixed stride apart; a stride that is a large power of two would make the rows of a
-// tile evict each other from the first cache, so gathered rows are padded (padded_row).
+// tile evict each other from the first cache, so rows written for it are padded (padded_row).
 // B lies in panels of 32 columns, [k][32], zero-filled past the last channel.
 #pragma once
 
@@ -30,7 +30,6 @@ struct Rows {
   int64_t row_stride;
   int64_t depth;
   int64_t segments = 1, segment_stride = 0;
-  bool cold = false;  // in memory rather than in a cache: fetched a tile ahead
 };
 
 // The stride for rows of n values that are written for the product alone.
@@ -61,16 +60,10 @@ struct RowPointers {
   }
 };
 
-// Both lines of a panel's row, to be read or written.
-RF_INLINE void fetch_panel(const float* p, bool write) {
+// Both lines of a panel's row, to be written.
+RF_INLINE void fetch_panel(const float* p) {
 #pragma GCC unroll 2
-  for (int j = 0; j < kPanel; j += kLanes) {
-    if (write) {
-      __builtin_prefetch(p + j, 1);
-    } else {
-      __builtin_prefetch(p + j, 0);
-    }
-  }
+  for (int j = 0; j < kPanel; j += kLanes) __builtin_prefetch(p + j, 1);
 }
 
 // acc += A[0..Height) * B, over Steps values of each row.
@@ -98,26 +91,16 @@ RF_INLINE void multiply_steps(RowPointers<Height>& rows, const float*& b,
 }
 
 // The same over one run of `depth` values.
-template <int Height, int Packs, bool Ahead>
+template <int Height, int Packs>
 RF_INLINE void multiply(const float* a, int64_t stride, const float* b, int64_t depth,
                         Pack<float> (&acc)[Height][Packs]) {
   RowPointers<Height> rows(a, stride);
-  int64_t left = depth;
-  while (left >= 4) {
-    if constexpr (Ahead) {
-      for (int i = 0; i < Height; ++i) {
-        __builtin_prefetch(a + (Height + i) * stride + depth - left);
-      }
-    }
-    for (int64_t end = maximum(left - kLanes, left % 4); left > end; left -= 4) {
-      multiply_steps<4>(rows, b, acc);
-    }
-  }
-  for (; left > 0; --left) multiply_steps<1>(rows, b, acc);
+  for (; depth >= 4; depth -= 4) multiply_steps<4>(rows, b, acc);
+  for (; depth > 0; --depth) multiply_steps<1>(rows, b, acc);
 }
 
 template <int Height, int Packs, class Out>
-void tile(const Rows& a, int64_t row, const float* b, int64_t column, bool ahead, const Out& out) {
+void tile(const Rows& a, int64_t row, const float* b, int64_t column, const Out& out) {
   Pack<float> acc[Height][Packs];
 #pragma GCC unroll 14
   for (int i = 0; i < Height; ++i) {
@@ -127,11 +110,7 @@ void tile(const Rows& a, int64_t row, const float* b, int64_t column, bool ahead
   }
   const float* from = a.first + row * a.row_stride;
   for (int64_t s = 0; s < a.segments; ++s) {
-    if (ahead) {
-      multiply<Height, Packs, true>(from, a.row_stride, b, a.depth, acc);
-    } else {
-      multiply<Height, Packs, false>(from, a.row_stride, b, a.depth, acc);
-    }
+    multiply(from, a.row_stride, b, a.depth, acc);
     from += a.segment_stride;
     b += a.depth * kPanel;
   }
@@ -145,37 +124,33 @@ void tile(const Rows& a, int64_t row, const float* b, int64_t column, bool ahead
 // tile<> of `height` rows, 1 to Height.
 template <int Height, int Packs, class Out>
 RF_INLINE void tile_of(int height, const Rows& a, int64_t row, const float* b, int64_t column,
-                       bool ahead, const Out& out) {
+                       const Out& out) {
   if constexpr (Height > 1) {
     if (height < Height) {
-      return tile_of<Height - 1, Packs>(height, a, row, b, column, ahead, out);
+      return tile_of<Height - 1, Packs>(height, a, row, b, column, out);
     }
   }
-  tile<Height, Packs>(a, row, b, column, ahead, out);
+  tile<Height, Packs>(a, row, b, column, out);
 }
 
-// Out: out.fetch(row, column) before a tile's row is computed, so that its lines are there when
-// out(row, column, pack) takes every 16 columns of it.
-//
-// Out is called for every row and every 16 columns of the first `rows` of A times the
-// panels [first, last) of B; columns: how many there are, a multiple of 16.
+// The first `rows` of A times B, of `columns` columns, a multiple of 16: out.fetch(row, column)
+// before a tile's row is computed, so that its lines are there when out(row, column, pack) takes
+// every 16 columns of it.
 template <class Out>
-void gemm(const Rows& a, int64_t rows, const float* b, int64_t first, int64_t last, int64_t columns,
-          const Out& out) {
+void gemm(const Rows& a, int64_t rows, const float* b, int64_t columns, const Out& out) {
   const int64_t tiles = ceil_div(rows, kTileRows);
-  for (int64_t p = first; p < last; ++p) {
+  for (int64_t p = 0; p * kPanel < columns; ++p) {
     const float* panel = b + p * a.segments * a.depth * kPanel;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = t * rows / tiles;
       const int height = int((t + 1) * rows / tiles - row);
-      const bool ahead = a.cold && p == first && t + 1 < tiles;
       for (int64_t c = p * kPanel; c < minimum((p + 1) * kPanel, columns);
            c += kTilePacks * kLanes) {
         const float* part = panel + c - p * kPanel;
         if (kTilePacks > 1 && c + kLanes >= columns) {
-          tile_of<kTileRows, 1>(height, a, row, part, c, ahead, out);
+          tile_of<kTileRows, 1>(height, a, row, part, c, out);
         } else {
-          tile_of<kTileRows, kTilePacks>(height, a, row, part, c, ahead, out);
+          tile_of<kTileRows, kTilePacks>(height, a, row, part, c, out);
         }
       }
     }
@@ -193,23 +168,6 @@ struct ConvEpilogue {
     Pack<float> v = sum + load(bias + channel);
     if (residual) v = v + load(residual + offset);
     store(y + offset, relu ? resnet_fast::cpu::RF_ISA::relu(v) : v);
-  }
-  RF_INLINE void fetch(int64_t offset) const {
-    fetch_panel(y + offset, true);
-    if (residual && residual != y) fetch_panel(residual + offset, false);
-  }
-};
-
-// The rows of a product as output pixels.
-struct PixelOut {
-  const ConvEpilogue& epilogue;
-  int64_t first, channels;
-
-  RF_INLINE void fetch(int64_t row, int64_t column) const {
-    epilogue.fetch((first + row) * channels + column);
-  }
-  RF_INLINE void operator()(int64_t row, int64_t column, const Pack<float>& sum) const {
-    epilogue((first + row) * channels + column, column, sum);
   }
 };
 

@@ -4,9 +4,9 @@
 //
 // Multiplications: (m+2)^2 / m^2 a pixel instead of 9, so 4 times (m = 4) or 2.25 times fewer,
 // where tiles fill the picture. The points of m = 4 are 0, +-3/4, +-3/2 and infinity: exact in
-// binary, and close enough together that the error stays that of a direct convolution (0, +-1, +-2
-// lose more). Bytes: x once with the tiles' overlap, w (m+2)^2 / 9 of the filter's size, y and
-// residual once; transformed tiles are written and read once, in blocks that stay in the caches.
+// binary, and close together, so that less is lost by cancellation than with 0, +-1, +-2. Bytes: x
+// once with the tiles' overlap, w (m+2)^2 / 9 of the filter's size, y and residual once;
+// transformed tiles are written and read once, in blocks that stay in the caches.
 #include "conv_gemm.h"
 #include "table.h"
 
@@ -160,7 +160,7 @@ struct ProductOut {
   int64_t channels;
 
   RF_INLINE void fetch(int64_t row, int64_t column) const {
-    fetch_panel(products + row * channels + column, true);
+    fetch_panel(products + row * channels + column);
   }
   RF_INLINE void operator()(int64_t row, int64_t column, const Pack<float>& sum) const {
     store(products + row * channels + column, sum);
@@ -175,7 +175,7 @@ void multiply_points(const ConvParams& p, const Block& block, const Parallel& pa
     for (int64_t point = begin; point < end; ++point) {
       float* out = block.products + point * block.product_stride;
       gemm(Rows{block.inputs + point * block.input_stride, padded_row(p.in_c), p.in_c},
-           block.tiles(), p.weight + point * weights, 0, panels, p.out_c, ProductOut{out, p.out_c});
+           block.tiles(), p.weight + point * weights, p.out_c, ProductOut{out, p.out_c});
     }
   });
 }

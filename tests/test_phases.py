@@ -111,13 +111,12 @@ def test_backward_phases(
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [SHAPE, (4, 6, 5, 5)], ids=str)
 def test_the_phases_are_the_whole(
-    ops: Any, dtype: torch.dtype, layout: str, residual: bool, relu: bool
+    ops: Any, shape: tuple[int, ...], dtype: torch.dtype, layout: str, residual: bool, relu: bool
 ) -> None:
-    # NOTE: on the CPU the whole walks planes of under 16 pixels as columns, whose sums have another
-    # order than the phases': bitwise equal are larger ones.
     x, grad, r = (
-        draw(dtype, order, seed, shape=(4, 6, 5, 5))
+        draw(dtype, order, seed, shape=shape)
         for seed, order in ((1, layout), (2, "contiguous"), (3, layout))
     )
     acc = accumulate_dtype(dtype)
@@ -146,7 +145,12 @@ def test_the_phases_are_the_whole(
     torch.testing.assert_close(total.to(acc), dbias, **close)
     torch.testing.assert_close((dot * invstd).to(acc), dweight, **close)
     got = ops.batch_norm_act_backward_apply(g, x, mean, invstd, weight, total, dot, x.numel() / 6)
-    assert torch.equal(got, dx)
+    # NOTE: on the CPU the whole walks planes of under 16 pixels as columns, whose sums have another
+    # order than the phases'.
+    if shape == SHAPE and layout == "contiguous" and ops is OPS:
+        torch.testing.assert_close(got, dx, rtol=16 * eps, atol=16 * eps)
+    else:
+        assert torch.equal(got, dx)
     assert got.stride() == dx.stride()
 
 

@@ -8,6 +8,7 @@ conv_stem: few input channels, with the max-pooling behind it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -22,6 +23,11 @@ SCHEMAS = (
     # The same, written over residual.
     "conv_winograd_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor bias, int[2] padding,"
     " int tile, bool relu) -> ()",
+    # weight (C_out, C_in, 3, 3) as conv_winograd wants it; transposed: for the convolution that
+    # gives the inputs' gradient, so that C_in must be a multiple of 16 and not C_out.
+    "conv_winograd_pack(Tensor weight, int tile, bool transposed) -> Tensor",
+    # The gradient (C_out, C_in, 3, 3) of the filter.
+    "conv_winograd_weight(Tensor grad, Tensor x, int[2] padding, int tile) -> Tensor",
     # weight: what pack makes. max_pool: of 3x3, stride 2, padding 1.
     "conv_stem(Tensor x, Tensor weight, Tensor bias, int[2] kernel, int[2] stride, int[2] padding,"
     " bool relu, bool max_pool) -> Tensor",
@@ -29,6 +35,27 @@ SCHEMAS = (
 PANEL = 32  # output channels side by side in packed weights
 # Where the polynomials are evaluated; infinity is the last point. See csrc/cpu/conv_winograd.cpp.
 _POINTS = {2: (0, 1, -1), 4: (0, Fraction(3, 4), -Fraction(3, 4), Fraction(3, 2), -Fraction(3, 2))}
+
+
+# What fetching a weight from memory costs, in multiplications by it.
+FETCH = 22
+
+
+def choose_tile(size: Sequence[int], padding: Sequence[int], fetch: int = FETCH) -> int:
+    """Outputs a side of a tile, 4 or 2, for inputs (N, C, H, W); 0 where a direct conv is cheaper.
+
+    Counted: multiplications, tiles that hang over the edge included, and what it costs to have the
+    transformed weights, `fetch` multiplications by each: it keeps a conv of few pixels from them.
+    Tiles of 4 must save a good part, as their weights take more than twice the memory.
+    """
+    n, height, width = size[0], size[2] + 2 * padding[0] - 2, size[3] + 2 * padding[1] - 2
+
+    def cost(tile: int) -> int:
+        tiles = n * -(-height // tile) * -(-width // tile)
+        return (tile + 2) ** 2 * (tiles + fetch)
+
+    best = 4 if cost(4) < 0.77 * cost(2) else 2
+    return best if cost(best) < 9 * (n * height * width + FETCH) else 0
 
 
 def filter_transform(tile: int) -> Tensor:
@@ -61,6 +88,11 @@ def pack_winograd(weight: Tensor, tile: int) -> Tensor:
     taps = weight.double().permute(2, 3, 1, 0).reshape(9, -1)
     points: Tensor = torch.kron(g, g) @ taps
     return _panels(points.reshape(-1, weight.size(1), len(weight)))
+
+
+def conv_winograd_pack(weight: Tensor, tile: int, transposed: bool) -> Tensor:
+    """pack_winograd of weight, or of the filter of the inputs' gradient."""
+    return pack_winograd(weight.transpose(0, 1).flip(2, 3) if transposed else weight, tile)
 
 
 def _panels(matrices: Tensor) -> Tensor:
@@ -108,6 +140,15 @@ def conv_winograd_(
     residual.copy_(conv_winograd(x, weight, bias, residual, padding, tile, relu))
 
 
+def conv_winograd_weight(grad: Tensor, x: Tensor, padding: list[int], tile: int) -> Tensor:
+    """The filter's gradient, as PyTorch computes it."""
+    weight = x.new_empty(grad.size(1), x.size(1), 3, 3)
+    dw: Tensor = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [False, True, False]
+    )[1]
+    return _rows(dw)
+
+
 def conv_stem(
     x: Tensor,
     weight: Tensor,
@@ -145,6 +186,15 @@ def fake_winograd(
 
 def fake_winograd_(residual: Tensor, *args: object) -> None:
     return None
+
+
+def fake_winograd_pack(weight: Tensor, tile: int, transposed: bool) -> Tensor:
+    columns, rows = weight.shape[:2] if not transposed else reversed(weight.shape[:2])
+    return weight.new_empty((tile + 2) ** 2, -(-columns // PANEL), rows, PANEL)
+
+
+def fake_winograd_weight(grad: Tensor, x: Tensor, padding: list[int], tile: int) -> Tensor:
+    return x.new_empty(grad.size(1), 3, 3, x.size(1)).permute(0, 3, 1, 2)
 
 
 def fake_stem(

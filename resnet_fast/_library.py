@@ -145,6 +145,8 @@ _PLAIN_AND_FAKE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "batch_norm_act_backward_apply": (_phases.batch_norm_act_backward_apply, _phases.fake_apply),
     "conv_winograd": (_conv.conv_winograd, _conv.fake_winograd),
     "conv_winograd_": (_conv.conv_winograd_, _conv.fake_winograd_),
+    "conv_winograd_pack": (_conv.conv_winograd_pack, _conv.fake_winograd_pack),
+    "conv_winograd_weight": (_conv.conv_winograd_weight, _conv.fake_winograd_weight),
     "conv_stem": (_conv.conv_stem, _conv.fake_stem),
     "batch_norm_act_backward_": (_plain.batch_norm_act_backward_, _fake_batch_norm_act_backward_),
 }

@@ -28,6 +28,8 @@ _BATCH_NORM_FORWARD = nn.BatchNorm2d.forward
 _RELU_FORWARD = nn.ReLU.forward
 _F_BATCH_NORM = F.batch_norm
 _F_RELU = F.relu
+_CONV_FORWARD, _CONV_OF = nn.Conv2d.forward, nn.Conv2d._conv_forward
+_F_CONV = F.conv2d
 _MAX_POOL_FORWARD = nn.MaxPool2d.forward
 _F_MAX_POOL = F.max_pool2d
 _PRUNE_CALL = prune.BasePruningMethod.__call__
@@ -179,6 +181,20 @@ def plain_context(x: object) -> bool:
         and F.batch_norm is _F_BATCH_NORM
         and F.relu is _F_RELU
         and (torch.compiler.is_compiling() or _no_tracer_or_mode())
+    )
+
+
+def plain_conv(m: object) -> bool:
+    """True if m is an nn.Conv2d without bias whose call is F.conv2d with zeros around, no more."""
+    return (
+        plain_module(m, nn.Conv2d)
+        and nn.Conv2d.forward is _CONV_FORWARD
+        and nn.Conv2d._conv_forward is _CONV_OF
+        and nn.Conv2d.__call__ is _CALL
+        and F.conv2d is _F_CONV
+        and m._parameters.get("weight") is not None  # type: ignore[attr-defined]
+        and m.bias is None  # type: ignore[attr-defined]
+        and m.padding_mode == "zeros"  # type: ignore[attr-defined]
     )
 
 

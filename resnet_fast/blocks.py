@@ -2,10 +2,10 @@
 """The fused forwards of residual blocks, for our own models and for adapters of other libraries'.
 
 Each takes a block with its ordinary submodules (conv1, bn1, relu, ...) and does what the plain
-forward does, with BatchNorm, the residual sum and ReLU as one op. Convolutions are always called as
-modules: whatever is in their place works. Batch norms and ReLUs are stood in for only while that
-cannot be noticed (_ready.py); otherwise this block alone runs its plain forward, `original`, and
-the reason is recorded.
+forward does, with BatchNorm, the residual sum and ReLU as one op. Convolutions are called as
+modules unless they are plain ones, so whatever is in their place works. Batch norms and ReLUs are
+stood in for only while that cannot be noticed (_ready.py); otherwise this block alone runs its
+plain forward, `original`, and the reason is recorded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,6 +24,7 @@ from resnet_fast._ready import (
     block_ready,
     fell_back,
     plain_context,
+    plain_conv,
     plain_max_pool,
     plain_module,
     plain_norm,
@@ -30,6 +32,7 @@ from resnet_fast._ready import (
     why_not_module,
     why_not_norm,
 )
+from resnet_fast.convolution import conv2d
 from resnet_fast.norms import fusable, fused, why_not_fused
 
 STEM = ("bn1",)
@@ -65,6 +68,22 @@ def bn_act(
     if residual is not None:
         y = y + residual
     return F.relu(y) if activation == "relu" else y
+
+
+# ---- one convolution -----------------------------------------------------------------------------
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), by the kernels of convolution.py where conv is a plain nn.Conv2d without bias.
+
+    conv: any module of one tensor. x: (N, C, H, W). For forwards that have found, as block_ready()
+    does, that nothing watches the calls of all modules. Raises whatever conv raises.
+    """
+    if torch.compiler.is_compiling() or not plain_conv(conv) or type(x) is not Tensor:
+        return cast(Tensor, conv(x))
+    plain = cast(nn.Conv2d, conv)
+    weight = plain._parameters["weight"]
+    return conv2d(
+        x, cast(Tensor, weight), plain.stride, plain.padding, plain.dilation, plain.groups
+    )
 
 
 # ---- steps of a block ----------------------------------------------------------------------------
@@ -181,7 +200,7 @@ def shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
             fell_back("batch_norm_act", x, why)
         return cast(Tensor, downsample(x))
     for module in head:
-        x = module(x)
+        x = convolve(module, x)
     state = fusable(last, x)
     if state is not None:
         return fused(last, state, x, None, None)
@@ -199,8 +218,8 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
     if not block_ready(block, BASIC, x):
         return original(x)
     bn1, bn2, relu = block.bn1, block.bn2, block.relu
-    out = norm_relu(bn1, relu, block.conv1(x))
-    out = block.conv2(out)  # by this name, so that the activation before can be freed
+    out = norm_relu(bn1, relu, convolve(block.conv1, x))
+    out = convolve(block.conv2, out)  # by this name, so that the activation before can be freed
     return _join(block, bn2, relu, out, x)
 
 
@@ -209,9 +228,9 @@ def bottleneck(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> T
     if not block_ready(block, BOTTLENECK, x):
         return original(x)
     bn1, bn2, bn3, relu = block.bn1, block.bn2, block.bn3, block.relu
-    out = norm_relu(bn1, relu, block.conv1(x))
-    out = norm_relu(bn2, relu, block.conv2(out))
-    out = block.conv3(out)
+    out = norm_relu(bn1, relu, convolve(block.conv1, x))
+    out = norm_relu(bn2, relu, convolve(block.conv2, out))
+    out = convolve(block.conv3, out)
     return _join(block, bn3, relu, out, x)
 
 
@@ -229,12 +248,12 @@ def preact_block(
     relu, downsample = block.relu, block.downsample
     bns = [getattr(block, name) for name in norms]
     out = norm_relu(bns[0], relu, x)
-    identity = x if downsample is None else downsample(out)
-    out = block.conv1(out)
+    identity = x if downsample is None else convolve(downsample, out)
+    out = convolve(block.conv1, out)
     for i, bn in enumerate(bns[1:], 2):
-        out = getattr(block, f"conv{i}")(norm_relu(bn, relu, out))
+        out = convolve(getattr(block, f"conv{i}"), norm_relu(bn, relu, out))
     out += identity
-    return cast(Tensor, out)
+    return out
 
 
 def stem(model: Any, x: Tensor, norms: tuple[str, ...] = STEM) -> Tensor:
@@ -247,6 +266,11 @@ def stem(model: Any, x: Tensor, norms: tuple[str, ...] = STEM) -> Tensor:
     if not block_ready(model, norms, x):
         return cast(Tensor, relu(bn(x)))
     return norm_relu(bn, relu, x)
+
+
+def convolve_alone(conv: nn.Module, x: Tensor) -> Tensor:
+    """convolve(conv, x) where no block has asked whether anything watches."""
+    return convolve(conv, x) if plain_context(x) else cast(Tensor, conv(x))
 
 
 def stem_pool(pool: nn.Module, x: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast import _checks, _plain, dispatch, reference
+from resnet_fast._autograd import differentiable_backward, straight
 from resnet_fast._reuse import may_overwrite
+from resnet_fast.convolution import conv2d
 from resnet_fast.layout import is_channels_last
 
 _ops = torch.ops.resnet_fast
@@ -33,11 +34,6 @@ _batch_norm_act_forward = _ops.batch_norm_act_forward.default
 _batch_norm_act_inference = _ops.batch_norm_act_inference.default
 _batch_norm_act_backward = _ops.batch_norm_act_backward.default
 _batch_norm_act_backward_ = _ops.batch_norm_act_backward_.default
-
-
-def _straight(function: Any) -> Any:
-    """function.apply without the Python in front of it."""
-    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
 # ---- add_relu ------------------------------------------------------------------------------------
@@ -77,7 +73,7 @@ class _AddReLU(torch.autograd.Function):
         if grad is None:
             return None, None
         (mask,) = ctx.saved_tensors
-        if _differentiable_backward():
+        if differentiable_backward():
             keep = _plain.unpack_mask(mask, grad, ctx.channels_last)
             dx = torch.where(keep, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
         else:
@@ -86,7 +82,7 @@ class _AddReLU(torch.autograd.Function):
         return dx if want_x else None, dx if want_residual else None
 
 
-_add_relu_straight = _straight(_AddReLU)
+_add_relu_straight = straight(_AddReLU)
 
 
 # ---- batch_norm_act ------------------------------------------------------------------------------
@@ -230,7 +226,7 @@ class _BatchNormAct(torch.autograd.Function):
         if grad is None:
             return (None,) * 10
         want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
-        if _differentiable_backward():
+        if differentiable_backward():
             dx, dresidual, dweight, dbias = _second_order(ctx, grad)
         else:
             x, weight, bias, mean, invstd, mask = ctx.saved_tensors
@@ -253,7 +249,7 @@ class _BatchNormAct(torch.autograd.Function):
         )
 
 
-_batch_norm_act_straight = _straight(_BatchNormAct)
+_batch_norm_act_straight = straight(_BatchNormAct)
 
 
 def _second_order(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -267,11 +263,6 @@ def _second_order(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     )
     param = _plain.param_dtype(dx.dtype, weight, bias)
     return dx.to(x.dtype), dresidual.to(x.dtype), dweight.to(param), dbias.to(param)
-
-
-def _differentiable_backward() -> bool:
-    """True inside backward(create_graph=True); a compiler traces the raw operator instead."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 # ---- conv_bn_act ---------------------------------------------------------------------------------
@@ -297,13 +288,13 @@ def conv_bn_act(
 
     x: (N, C_in, H, W). conv_weight: (C_out, C_in / groups, kH, kW). stride, padding, dilation and
     groups as in F.conv2d; the rest as in batch_norm_act, with residual of the convolution's shape.
-    Returns (N, C_out, H_out, W_out). The convolution is PyTorch's (oneDNN, cuDNN), under autocast
-    too. Errors as in F.conv2d and batch_norm_act.
+    Returns (N, C_out, H_out, W_out). The convolution is PyTorch's (oneDNN, cuDNN), or on the CPU
+    one of convolution.py; under autocast too. Errors as in F.conv2d and batch_norm_act.
     """
     for name, t in (("x", x), ("conv_weight", conv_weight)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-    z = F.conv2d(x, conv_weight, None, stride, padding, dilation, groups)
+    z = conv2d(x, conv_weight, stride, padding, dilation, groups)
     return batch_norm_act(
         z,
         weight,

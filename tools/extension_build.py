@@ -34,6 +34,8 @@ CPU_KERNELS = (
     "bn_stats",
     "conv_stem",
     "conv_winograd",
+    "conv_winograd_pack",
+    "conv_winograd_weight",
     "table",
 )
 LAUNCHERS = ("add_relu", "bn_apply", "bn_backward", "bn_fused", "bn_stats")

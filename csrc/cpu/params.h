@@ -129,6 +129,17 @@ struct ConvParams {
   bool relu;
 };
 
+// Filters of 3x3 packed for Winograd: packed[point][panel][k][32] of the values at the points, for
+// rows k and columns in panels, from weight[k * row_stride + column * column_stride + tap *
+// tap_stride]; flip: taps from the last to the first. columns: a multiple of 16.
+struct FilterParams {
+  const float* weight;
+  float* packed;
+  int64_t rows, columns;
+  int64_t row_stride, column_stride, tap_stride;
+  bool flip;
+};
+
 // The kernels of one instruction set.
 struct KernelTable {
   void (*add_relu)(const AddReluParams&, const Parallel&);
@@ -139,6 +150,9 @@ struct KernelTable {
   void (*bn_grad)(const BnGradParams&, const Parallel&);
   // 3x3, stride 1, C_in a multiple of 16; tile: 2 or 4, the output pixels a side of a tile.
   void (*conv_winograd)(const ConvParams&, int tile, const Parallel&);
+  void (*conv_winograd_pack)(const FilterParams&, int tile, const Parallel&);
+  // weight (C_out, 3, 3, C_in): the filter's gradient, with the outputs' in y, which is only read.
+  void (*conv_winograd_weight)(const ConvParams&, float* weight, int tile, const Parallel&);
   // Few channels, no residual; max_pool: y holds the lines pooled 3x3 with stride 2.
   void (*conv_stem)(const ConvParams&, bool max_pool, const Parallel&);
 };

@@ -14,6 +14,8 @@ void bn_apply(const BnApplyParams&, const Parallel&);
 void bn_reduce(const BnReduceParams&, const Parallel&);
 void bn_grad(const BnGradParams&, const Parallel&);
 void conv_winograd(const ConvParams&, int tile, const Parallel&);
+void conv_winograd_pack(const FilterParams&, int tile, const Parallel&);
+void conv_winograd_weight(const ConvParams&, float* weight, int tile, const Parallel&);
 void conv_stem(const ConvParams&, bool max_pool, const Parallel&);
 
 // Calls body with a value of the dtype's type.

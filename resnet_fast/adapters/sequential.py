@@ -42,7 +42,7 @@ def _run(modules: Iterator[nn.Module | None], x: Any) -> Any:
     has come, for a hook on one may have changed a later one."""
     for module in modules:
         if not plain_norm(module):
-            x = module(x)  # type: ignore[misc]
+            x = blocks.convolve(module, x)  # type: ignore[arg-type]
             continue
         following = next(modules, None)
         if type(following) is nn.ReLU:

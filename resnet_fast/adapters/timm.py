@@ -55,8 +55,8 @@ class BasicBlock(tm.BasicBlock):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         if replaced(self, x, "forward", _BASIC_FORWARD) or not _ready(self, x):
             return cast(Tensor, super().forward(x))
-        out = blocks.norm_act(self.bn1, self.act1, self.conv1(x), self.drop_block)
-        out = self.conv2(self.aa(out))
+        out = blocks.norm_act(self.bn1, self.act1, blocks.convolve(self.conv1, x), self.drop_block)
+        out = blocks.convolve(self.conv2, self.aa(out))
         return blocks.gated_join(self, self.bn2, self.act2, out, x, _gates(self))
 
     def _resnet_fast_why_not(self) -> str:
@@ -71,9 +71,11 @@ class Bottleneck(tm.Bottleneck):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         if replaced(self, x, "forward", _BOTTLENECK_FORWARD) or not _ready(self, x):
             return cast(Tensor, super().forward(x))
-        out = blocks.norm_act(self.bn1, self.act1, self.conv1(x))
-        out = blocks.norm_act(self.bn2, self.act2, self.conv2(out), self.drop_block)
-        out = self.conv3(self.aa(out))
+        out = blocks.norm_act(self.bn1, self.act1, blocks.convolve(self.conv1, x))
+        out = blocks.norm_act(
+            self.bn2, self.act2, blocks.convolve(self.conv2, out), self.drop_block
+        )
+        out = blocks.convolve(self.conv3, self.aa(out))
         return blocks.gated_join(self, self.bn3, self.act3, out, x, _gates(self))
 
     def _resnet_fast_why_not(self) -> str:
@@ -88,7 +90,7 @@ class ResNet(tm.ResNet):  # type: ignore[misc]
     def forward_features(self, x: Tensor) -> Tensor:
         if replaced(self, x, "forward_features", _FORWARD_FEATURES) or not _ready(self, x):
             return cast(Tensor, super().forward_features(x))
-        x = blocks.norm_act(self.bn1, self.act1, self.conv1(x))
+        x = blocks.norm_act(self.bn1, self.act1, blocks.convolve(self.conv1, x))
         x = blocks.stem_pool(self.maxpool, x)
         layers = [self.layer1, self.layer2, self.layer3, self.layer4]
         if self.grad_checkpointing:

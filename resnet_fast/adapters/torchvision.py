@@ -57,7 +57,7 @@ class ResNet(tv.ResNet):  # type: ignore[misc]
     def _forward_impl(self, x: Tensor) -> Tensor:
         if replaced(self, x, "_forward_impl", _FORWARD_IMPL):
             return cast(Tensor, super()._forward_impl(x))
-        x = blocks.stem(self, self.conv1(x))
+        x = blocks.stem(self, blocks.convolve_alone(self.conv1, x))
         x = blocks.stem_pool(self.maxpool, x)
         x = self.layer1(x)
         x = self.layer2(x)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from resnet_fast import _conv
+from resnet_fast.convolution import has_instructions
 from resnet_fast.inference import winograd
 from resnet_fast.inference.fold import MAX_SIZES, ConvSpec, folded
 
@@ -31,16 +32,11 @@ def compute_dtype(dtype: torch.dtype) -> tuple[torch.dtype, str]:
 
     Without bfloat16 instructions oneDNN emulates them, slower than float32 and less exact.
     """
-    if dtype is torch.bfloat16 and not _has_bfloat16():
+    if dtype is torch.bfloat16 and not has_instructions(dtype):
         return torch.float32, "calculated in float32: this CPU has no bfloat16 instructions"
     if dtype is torch.float16:
         return torch.float32, "calculated in float32: float16 convs are not packed on the CPU"
     return dtype, ""
-
-
-def _has_bfloat16() -> bool:
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
 def why_not_packed(dtype: torch.dtype) -> str:

@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from resnet_fast import _conv, env
 from resnet_fast.inference.fold import MAX_SIZES, ConvSpec
-
-# What fetching a weight from memory costs, in multiplications by it: the terms of choose_tile that
-# keep a conv of few pixels from the larger, transformed weights.
-FETCH = 22
 
 
 def is_plain(spec: ConvSpec, weight: Tensor) -> bool:
@@ -36,22 +32,6 @@ def suits(spec: ConvSpec, weight: Tensor) -> bool:
         and list(spec.stride) == [1, 1]
         and weight.shape[1] % 16 == 0
     )
-
-
-def choose_tile(size: Sequence[int], padding: Sequence[int]) -> int:
-    """Outputs a side of a tile, 4 or 2, for inputs (N, C, H, W); 0 where a direct conv is cheaper.
-
-    Counted: multiplications, tiles that hang over the edge included, and the weights' way from
-    memory. Tiles of 4 must save a good part, as their weights take more than twice the memory.
-    """
-    n, height, width = size[0], size[2] + 2 * padding[0] - 2, size[3] + 2 * padding[1] - 2
-
-    def cost(tile: int) -> int:
-        tiles = n * -(-height // tile) * -(-width // tile)
-        return (tile + 2) ** 2 * (tiles + FETCH)
-
-    best = 4 if cost(4) < 0.77 * cost(2) else 2
-    return best if cost(best) < 9 * (n * height * width + FETCH) else 0
 
 
 def make_conv(
@@ -98,7 +78,7 @@ class _Tiles:
 
     def look_up(self, size: torch.Size) -> tuple[int, Tensor | None, Callable[..., Tensor] | None]:
         with self._lock:
-            tile = choose_tile(size, self._padding)
+            tile = _conv.choose_tile(size, self._padding)
             if tile not in self._made:
                 self._made[tile] = (
                     (tile, _conv.pack_winograd(self._weight, tile), None)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast.blocks import STEM, stem
+from resnet_fast.blocks import STEM, convolve_alone, stem
 from resnet_fast.models._layers import NormLayer, conv1x1, conv3x3, init_conv_net
 from resnet_fast.models._registry import register_model
 from resnet_fast.models._weights import Weights, build
@@ -95,7 +95,7 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = stem(self, self.conv1(x))
+        x = stem(self, convolve_alone(self.conv1, x))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

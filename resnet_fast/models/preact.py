@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.blocks import BASIC, BOTTLENECK, preact_block, stem, stem_pool
+from resnet_fast.blocks import BASIC, BOTTLENECK, convolve_alone, preact_block, stem, stem_pool
 from resnet_fast.models._layers import NormLayer, conv1x1, conv3x3, init_conv_net
 from resnet_fast.models._registry import register_model
 from resnet_fast.models._weights import Weights, build
@@ -146,7 +146,7 @@ class PreActResNet(nn.Module):
         return nn.Sequential(first, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
+        x = convolve_alone(self.conv1, x)
         x = stem_pool(self.maxpool, x)
         x = self.layer1(x)
         x = self.layer2(x)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast import adapters
-from resnet_fast.blocks import BASIC, BOTTLENECK, STEM, basic_block, bottleneck, stem, stem_pool
+from resnet_fast.blocks import (
+    BASIC,
+    BOTTLENECK,
+    STEM,
+    basic_block,
+    bottleneck,
+    convolve_alone,
+    stem,
+    stem_pool,
+)
 from resnet_fast.models._layers import NormLayer, conv1x1, conv3x3, init_conv_net
 from resnet_fast.models._registry import register_model
 from resnet_fast.models._weights import Weights, build
@@ -213,7 +222,7 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *rest)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = stem(self, self.conv1(x))
+        x = stem(self, convolve_alone(self.conv1, x))
         x = stem_pool(self.maxpool, x)
         x = self.layer1(x)
         x = self.layer2(x)

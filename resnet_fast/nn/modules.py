@@ -75,7 +75,7 @@ class ConvBNAct2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: (N, in_channels, H, W). residual: of the result's shape (N, out_channels, H', W')."""
-        out = self.conv(x)
+        out = blocks.convolve_alone(self.conv, x)
         return blocks.bn_act(self.bn, out, residual=residual, activation=self.activation)
 
     def extra_repr(self) -> str:

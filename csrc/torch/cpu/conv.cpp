@@ -8,17 +8,15 @@ namespace {
 
 using Pair = std::vector<int64_t>;
 
-// Sizes and checks that the convolutions share; out_h, out_w and the weights are left to fill in.
-cpu::ConvParams params_of(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                          const Pair& kernel, const Pair& stride, const Pair& padding, bool relu) {
-  check_cpu("x", x);
-  check_device("weight", weight, x);
-  check_device("bias", bias, x);
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float &&
-                      weight.scalar_type() == ScalarType::Float &&
-                      bias.scalar_type() == ScalarType::Float,
-                  "x, weight and bias must be float32");
-  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions (N, C, H, W); got ", shape_text(x));
+void check_floats(const char* name, const Tensor& t) {
+  check_cpu(name, t);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 4, name,
+                  " must be float32 of 4 dimensions (N, C, H, W); got ", shape_text(t));
+}
+
+// The sizes of a convolution of x, but for out_c.
+cpu::ConvParams sizes_of(const Tensor& x, const Pair& kernel, const Pair& stride,
+                         const Pair& padding) {
   for (const Pair* pair : {&kernel, &stride, &padding}) {
     STD_TORCH_CHECK(pair->size() == 2, "kernel, stride and padding must be pairs");
   }
@@ -28,17 +26,30 @@ cpu::ConvParams params_of(const Tensor& x, const Tensor& weight, const Tensor& b
     STD_TORCH_CHECK(x.size(d + 2) + 2 * padding[d] >= kernel[d], "x of ", shape_text(x),
                     " is smaller than the kernel");
   }
-  STD_TORCH_CHECK(
-      bias.dim() == 1 && bias.is_contiguous() && bias.numel() > 0 && bias.numel() % 16 == 0,
-      "bias must be dense, of a multiple of 16 channels; got ", shape_text(bias));
   cpu::ConvParams p{};
   p.n = x.size(0), p.in_c = x.size(1), p.in_h = x.size(2), p.in_w = x.size(3);
   p.kernel_h = kernel[0], p.kernel_w = kernel[1];
   p.stride_h = stride[0], p.stride_w = stride[1];
   p.pad_h = padding[0], p.pad_w = padding[1];
-  p.out_c = bias.numel();
   p.out_h = (p.in_h + 2 * p.pad_h - p.kernel_h) / p.stride_h + 1;
   p.out_w = (p.in_w + 2 * p.pad_w - p.kernel_w) / p.stride_w + 1;
+  return p;
+}
+
+// Sizes and checks that the convolutions of packed weights share.
+cpu::ConvParams params_of(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                          const Pair& kernel, const Pair& stride, const Pair& padding, bool relu) {
+  check_floats("x", x);
+  check_device("weight", weight, x);
+  check_device("bias", bias, x);
+  STD_TORCH_CHECK(
+      weight.scalar_type() == ScalarType::Float && bias.scalar_type() == ScalarType::Float,
+      "x, weight and bias must be float32");
+  STD_TORCH_CHECK(
+      bias.dim() == 1 && bias.is_contiguous() && bias.numel() > 0 && bias.numel() % 16 == 0,
+      "bias must be dense, of a multiple of 16 channels; got ", shape_text(bias));
+  cpu::ConvParams p = sizes_of(x, kernel, stride, padding);
+  p.out_c = bias.numel();
   p.relu = relu;
   return p;
 }
@@ -60,13 +71,17 @@ cpu::ConvParams winograd_params(const Tensor& x, const Tensor& weight, const Ten
   return p;
 }
 
+// Of the shape of the convolution's outputs.
+void check_outputs(const char* name, const Tensor& t, const cpu::ConvParams& p) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 4 && t.size(0) == p.n &&
+                      t.size(1) == p.out_c && t.size(2) == p.out_h && t.size(3) == p.out_w,
+                  name, " must be float32 of shape (", p.n, ", ", p.out_c, ", ", p.out_h, ", ",
+                  p.out_w, "); got ", shape_text(t));
+}
+
 void check_residual(const Tensor& residual, const cpu::ConvParams& p, const Tensor& x) {
   check_device("residual", residual, x);
-  STD_TORCH_CHECK(residual.scalar_type() == ScalarType::Float && residual.dim() == 4 &&
-                      residual.size(0) == p.n && residual.size(1) == p.out_c &&
-                      residual.size(2) == p.out_h && residual.size(3) == p.out_w,
-                  "residual must be float32 of shape (", p.n, ", ", p.out_c, ", ", p.out_h, ", ",
-                  p.out_w, "); got ", shape_text(residual));
+  check_outputs("residual", residual, p);
 }
 
 bool is_rows(const Tensor& x) {
@@ -76,7 +91,7 @@ bool is_rows(const Tensor& x) {
 
 // (n, c, h, w) with channels-last strides, whatever the sizes are.
 Tensor new_rows(const Tensor& x, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const Tensor rows = torch::stable::new_empty(x, {n, h, w, c});
+  const Tensor rows = on_huge_pages(torch::stable::new_empty(x, {n, h, w, c}));
   return torch::stable::transpose(torch::stable::transpose(rows, 1, 3), 2, 3);
 }
 
@@ -123,6 +138,51 @@ void conv_winograd_(Tensor residual, Tensor x, Tensor weight, Tensor bias, Pair 
   set_pointers(p, x, weight, bias, &y, y);
   cpu::kernels().conv_winograd(p, int(tile), torch_threads());
   if (!is_rows(residual)) torch::stable::copy_(residual, y);
+}
+
+Tensor conv_winograd_pack(Tensor weight, int64_t tile, bool transposed) {
+  check_cpu("weight", weight);
+  STD_TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4; got ", tile);
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.dim() == 4 &&
+                      weight.size(2) == 3 && weight.size(3) == 3,
+                  "weight must be float32 of shape (C_out, C_in, 3, 3); got ", shape_text(weight));
+  if (weight.stride(2) != 3 * weight.stride(3)) weight = to_rows(weight);
+  const int rows = transposed ? 0 : 1, columns = 1 - rows;
+  cpu::FilterParams p{};
+  p.rows = weight.size(rows), p.columns = weight.size(columns);
+  STD_TORCH_CHECK(p.rows > 0 && p.columns > 0 && p.columns % 16 == 0,
+                  "weight must have a multiple of 16 channels in dimension ", columns, "; got ",
+                  shape_text(weight));
+  p.row_stride = weight.stride(rows), p.column_stride = weight.stride(columns);
+  p.tap_stride = weight.stride(3);
+  p.flip = transposed;
+  const int64_t points = (tile + 2) * (tile + 2), panels = (p.columns + 31) / 32;
+  const Tensor packed =
+      on_huge_pages(torch::stable::new_empty(weight, {points, panels, p.rows, 32}));
+  p.weight = static_cast<const float*>(weight.const_data_ptr());
+  p.packed = static_cast<float*>(packed.mutable_data_ptr());
+  cpu::kernels().conv_winograd_pack(p, int(tile), torch_threads());
+  return packed;
+}
+
+Tensor conv_winograd_weight(Tensor grad, Tensor x, Pair padding, int64_t tile) {
+  STD_TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4; got ", tile);
+  check_floats("x", x);
+  check_floats("grad", grad);
+  check_device("grad", grad, x);
+  cpu::ConvParams p = sizes_of(x, {3, 3}, {1, 1}, padding);
+  p.out_c = grad.size(1);
+  check_outputs("grad", grad, p);
+  STD_TORCH_CHECK(p.in_c > 0 && p.out_c > 0 && p.in_c % 16 == 0 && p.out_c % 16 == 0,
+                  "x and grad must have a multiple of 16 channels; got ", p.in_c, " and ", p.out_c);
+  const Tensor weight = new_rows(x, p.out_c, p.in_c, 3, 3);
+  if (p.n == 0) return torch::stable::zero_(const_cast<Tensor&>(weight));
+  x = to_rows(x), grad = to_rows(grad);
+  p.x = static_cast<const float*>(x.const_data_ptr());
+  p.y = static_cast<float*>(const_cast<void*>(grad.const_data_ptr()));
+  cpu::kernels().conv_winograd_weight(p, static_cast<float*>(weight.mutable_data_ptr()), int(tile),
+                                      torch_threads());
+  return weight;
 }
 
 Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, Pair kernel, Pair stride, Pair padding,

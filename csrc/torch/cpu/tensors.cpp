@@ -103,10 +103,13 @@ Tensor new_like(const Tensor& x) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(),
                                                          x.strides().data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &made));
-  Tensor y(made);
-  const int64_t bytes = bytes_of(y);
-  if (bytes >= kHugeFrom) advise_huge_pages(y.mutable_data_ptr(), bytes);
-  return y;
+  return on_huge_pages(Tensor(made));
+}
+
+Tensor on_huge_pages(Tensor fresh) {
+  const int64_t bytes = bytes_of(fresh);
+  if (bytes >= kHugeFrom) advise_huge_pages(fresh.mutable_data_ptr(), bytes);
+  return fresh;
 }
 
 bool too_large_for_cache(const Tensor& x) { return bytes_of(x) >= kStreamFrom; }

@@ -21,9 +21,11 @@ struct Columns {
 };
 Columns columns_of(const cpu::Geometry& geometry);
 
-// A new tensor like the dense x. Large ones are put on huge pages, where the system has them: a
-// fresh tensor's page faults otherwise cost several times what writing it does.
+// A new tensor like the dense x, on_huge_pages.
 Tensor new_like(const Tensor& x);
+// The tensor, which nobody has written to yet; a large one is put on huge pages, where the system
+// has them: its page faults otherwise cost several times what writing it does.
+Tensor on_huge_pages(Tensor fresh);
 
 // Larger than what the cache keeps for the next operation: written past it.
 bool too_large_for_cache(const Tensor& x);
@@ -64,6 +66,8 @@ Tensor conv_winograd(Tensor x, Tensor weight, Tensor bias, OptionalTensor residu
                      std::vector<int64_t> padding, int64_t tile, bool relu);
 void conv_winograd_(Tensor residual, Tensor x, Tensor weight, Tensor bias,
                     std::vector<int64_t> padding, int64_t tile, bool relu);
+Tensor conv_winograd_pack(Tensor weight, int64_t tile, bool transposed);
+Tensor conv_winograd_weight(Tensor grad, Tensor x, std::vector<int64_t> padding, int64_t tile);
 Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> kernel,
                  std::vector<int64_t> stride, std::vector<int64_t> padding, bool relu,
                  bool max_pool);

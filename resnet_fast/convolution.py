@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""2-D convolution in training on the CPU: forward and both gradients, each by its fastest kernel.
+
+PyTorch's own (oneDNN) is left where that is as good. Otherwise, in float32 and channels-last:
+- 3x3 with stride 1: Winograd's minimal filtering (csrc/cpu/winograd.h), in all three;
+- 1x1 with stride 1: matrix products, which need no other order of the weights.
+And float16 and bfloat16 are calculated in float32 and rounded at the end where the processor has no
+instructions for them: oneDNN would emulate them, several times slower than float32.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fast import dispatch
+from resnet_fast._autograd import differentiable_backward, straight
+from resnet_fast._conv import choose_tile
+from resnet_fast.layout import is_channels_last
+
+_ops = torch.ops.resnet_fast
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_HALF = (torch.float16, torch.bfloat16)
+# Multiplications from which another kernel pays for its call.
+FROM_MACS = {torch.float32: 1 << 24, torch.float16: 1 << 20, torch.bfloat16: 1 << 20}
+# What packing a weight for one use costs, in multiplications by it: see choose_tile.
+PACK = 100
+MAX_WAYS = 1024
+
+Pair = tuple[int, int]
+
+
+class Way(NamedTuple):
+    """How the convolutions of one shape run: 1 pointwise, 2 or 4 Winograd's tile, 0 PyTorch's."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    forward: int
+    dgrad: int
+    wgrad: int
+    in_float32: bool
+
+    @property
+    def arguments(self) -> tuple[Pair, Pair, Pair, int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """F.conv2d(x, weight, None, ...), differentiable to any order.
+
+    x: (N, C_in, H, W). weight: (C_out, C_in / groups, kH, kW). Returns (N, C_out, H_out, W_out) in
+    the layout that F.conv2d gives. Under autocast in its dtype. Raises what F.conv2d does.
+    """
+    way = None
+    if dispatch.at_once(x, None, (weight,)) and x.dim() == 4 and weight.dim() == 4:
+        dtype = _autocast_dtype(x) or x.dtype
+        way = _way(x, weight, dtype, stride, padding, dilation, groups)
+    if way is None:
+        return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    if weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    dispatch.took("conv2d")
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return cast(Tensor, _conv2d_straight(x, weight, way))
+    return _forward(x, weight, way)
+
+
+# ---- the choice ----------------------------------------------------------------------------------
+_ways: dict[tuple[Any, ...], Way | None] = {}
+_lock = threading.Lock()
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast x and the weight to; None if it leaves them."""
+    if not torch.is_autocast_enabled("cpu") or x.dtype is torch.float64:
+        return None
+    return torch.get_autocast_dtype("cpu")
+
+
+def _way(x: Tensor, weight: Tensor, dtype: torch.dtype, *arguments: Any) -> Way | None:
+    """The way of a call; None for PyTorch's own."""
+    key = (x.shape, weight.shape, dtype, x.dtype, weight.dtype, is_channels_last(x), *arguments)
+    try:
+        return _ways[key]
+    except KeyError:
+        pass
+    except TypeError:  # a list among the arguments
+        return None
+    with _lock:
+        if len(_ways) >= MAX_WAYS:
+            _ways.clear()
+        way = _ways[key] = _choose(x, weight, dtype, *arguments)
+    return way
+
+
+def _choose(
+    x: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+) -> Way | None:
+    pairs = [_pair(v) for v in (stride, padding, dilation)]
+    if None in pairs or type(groups) is not int or not _fits(x, weight, dtype, groups):
+        return None
+    stride, padding, dilation = cast("list[Pair]", pairs)
+    c_out, per_group, *kernel = weight.shape
+    size = [
+        (x.size(d + 2) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    ]
+    macs = x.size(0) * size[0] * size[1] * weight.numel()
+    if min(size) < 1 or macs < FROM_MACS.get(dtype, macs + 1):
+        return None
+    in_float32 = dtype in _HALF and not has_instructions(dtype)
+    ways = (0, 0, 0)
+    simple = stride == dilation == (1, 1) and groups == 1 and is_channels_last(x)
+    if simple and (in_float32 or dtype is torch.float32):
+        if kernel == [1, 1] and padding == (0, 0):
+            ways = (1, 1, 1)
+        elif kernel == [3, 3] and max(padding) <= 2 and c_out % 16 == per_group % 16 == 0:
+            tile = choose_tile(x.shape, padding, PACK)
+            back = choose_tile((x.size(0), c_out, *size), (2 - padding[0], 2 - padding[1]), PACK)
+            ways = (tile, back, tile)
+    if not in_float32 and ways == (0, 0, 0):
+        return None
+    return Way(stride, padding, dilation, groups, *ways, in_float32)
+
+
+def _pair(value: Any) -> Pair | None:
+    if type(value) is int:
+        return value, value
+    if type(value) is tuple and len(value) == 2 and all(type(v) is int for v in value):
+        return value
+    return None
+
+
+def _fits(x: Tensor, weight: Tensor, dtype: torch.dtype, groups: int) -> bool:
+    """Whether sizes and dtypes go together at all: if not, PyTorch says so in its words."""
+    same = x.dtype is weight.dtype or torch.is_autocast_enabled("cpu")
+    return (
+        same
+        and groups > 0
+        and x.size(1) == weight.size(1) * groups
+        and weight.size(0) % groups == 0
+        and weight.numel() > 0
+    )
+
+
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies in that 16-bit dtype."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True  # PyTorch says nothing of other processors: its own is left
+    if dtype is torch.bfloat16:
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return supported is None or bool(supported())
+
+
+# ---- the kernels ---------------------------------------------------------------------------------
+def _forward(x: Tensor, weight: Tensor, way: Way) -> Tensor:
+    dtype = x.dtype
+    if way.in_float32:
+        x, weight = x.float(), weight.float()
+    with _no_autocast():
+        if way.forward == 1:
+            y = _picture(_rows(x) @ weight.flatten(1).t(), x)
+        elif way.forward:
+            y = _winograd(x, weight, way.padding, way.forward, False)
+        else:
+            y = F.conv2d(x, weight, None, *way.arguments)
+    return y.to(dtype)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, way: Way, wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and weight, of those that are wanted."""
+    dtype = x.dtype
+    if way.in_float32:
+        grad, x, weight = grad.float(), x.float(), weight.float()
+    dx = dw = None
+    with _no_autocast():
+        if wanted[0] and way.dgrad == 1:
+            dx = _picture(_rows(grad) @ weight.flatten(1), x)
+        elif wanted[0] and way.dgrad:
+            padding = (2 - way.padding[0], 2 - way.padding[1])
+            dx = _winograd(grad, weight, padding, way.dgrad, True)
+        if wanted[1] and way.wgrad == 1:
+            dw = (_rows(grad).t() @ _rows(x)).view_as(weight)
+        elif wanted[1] and way.wgrad:
+            dw = _ops.conv_winograd_weight(grad, x, way.padding, way.wgrad)
+        rest = [wanted[0] and dx is None, wanted[1] and dw is None, False]
+        if any(rest):
+            plain = _plain_backward(grad, x, weight, way, rest)
+            dx, dw = plain[0] if rest[0] else dx, plain[1] if rest[1] else dw
+    return None if dx is None else dx.to(dtype), None if dw is None else dw.to(dtype)
+
+
+def _plain_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, way: Way, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = _convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        way.stride,
+        way.padding,
+        way.dilation,
+        False,
+        (0, 0),
+        way.groups,
+        wanted,
+    )
+    return result
+
+
+def _winograd(x: Tensor, weight: Tensor, padding: Pair, tile: int, transposed: bool) -> Tensor:
+    packed = _ops.conv_winograd_pack(weight, tile, transposed)
+    bias = weight.new_zeros(weight.size(1 if transposed else 0))
+    y: Tensor = _ops.conv_winograd(x, packed, bias, None, padding, tile, False)
+    return y
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) as (N H W, C), a view where x is channels-last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.size(1))
+
+
+def _picture(rows: Tensor, like: Tensor) -> Tensor:
+    """(N H W, C) as (N, C, H, W), in channels-last order."""
+    n, _, height, width = like.shape
+    return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _no_autocast() -> Generator[None, None, None]:
+    """Autocast would take the float32 of our choice for the user's."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            yield
+    else:
+        yield
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        return _forward(x, weight, way)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None
+        x, weight = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[:2], False]
+        if differentiable_backward():
+            dx, dw, _ = _plain_backward(grad, x, weight, ctx.way, wanted)
+            return dx if wanted[0] else None, dw if wanted[1] else None, None
+        return *_backward(grad, x, weight, ctx.way, wanted), None
+
+
+_conv2d_straight = straight(_Conv2d)

@@ -3,7 +3,9 @@
 
 PyTorch's own (oneDNN) is left where that is as good. Otherwise, in float32 and channels-last:
 - 3x3 with stride 1: Winograd's minimal filtering (csrc/cpu/winograd.h), in all three;
-- 1x1 with stride 1: matrix products, which need no other order of the weights.
+- 1x1: matrix products, which need no other order of the weights; with a stride, of the pixels that
+  it leaves;
+- 3x3 with a stride: the weight's gradient as a product with the gathered windows.
 And float16 and bfloat16 are calculated in float32 and rounded at the end where the processor has no
 instructions for them: oneDNN would emulate them, several times slower than float32.
 """
@@ -37,8 +39,13 @@ MAX_WAYS = 1024
 Pair = tuple[int, int]
 
 
+# The kernels; 2 and 4 are Winograd's tiles.
+PLAIN, POINTWISE, COLUMNS = 0, 1, 9
+COLUMN_BYTES = 4 << 20  # of gathered windows at once, so that they stay in the caches
+
+
 class Way(NamedTuple):
-    """How the convolutions of one shape run: 1 pointwise, 2 or 4 Winograd's tile, 0 PyTorch's."""
+    """How the convolutions of one shape run: a kernel for each of the three."""
 
     stride: Pair
     padding: Pair
@@ -128,16 +135,18 @@ def _choose(
     if min(size) < 1 or macs < FROM_MACS.get(dtype, macs + 1):
         return None
     in_float32 = dtype in _HALF and not has_instructions(dtype)
-    ways = (0, 0, 0)
-    simple = stride == dilation == (1, 1) and groups == 1 and is_channels_last(x)
+    ways = (PLAIN, PLAIN, PLAIN)
+    simple = dilation == (1, 1) and groups == 1 and is_channels_last(x)
     if simple and (in_float32 or dtype is torch.float32):
         if kernel == [1, 1] and padding == (0, 0):
-            ways = (1, 1, 1)
+            ways = (POINTWISE, POINTWISE, POINTWISE)
+        elif kernel == [3, 3] and stride != (1, 1):
+            ways = (PLAIN, PLAIN, COLUMNS)
         elif kernel == [3, 3] and max(padding) <= 2 and c_out % 16 == per_group % 16 == 0:
             tile = choose_tile(x.shape, padding, PACK)
             back = choose_tile((x.size(0), c_out, *size), (2 - padding[0], 2 - padding[1]), PACK)
             ways = (tile, back, tile)
-    if not in_float32 and ways == (0, 0, 0):
+    if not in_float32 and not any(ways):
         return None
     return Way(stride, padding, dilation, groups, *ways, in_float32)
 
@@ -179,8 +188,9 @@ def _forward(x: Tensor, weight: Tensor, way: Way) -> Tensor:
     if way.in_float32:
         x, weight = x.float(), weight.float()
     with _no_autocast():
-        if way.forward == 1:
-            y = _picture(_rows(x) @ weight.flatten(1).t(), x)
+        if way.forward == POINTWISE:
+            kept = _strided(x, way.stride)
+            y = _picture(_rows(kept) @ weight.flatten(1).t(), kept)
         elif way.forward:
             y = _winograd(x, weight, way.padding, way.forward, False)
         else:
@@ -197,13 +207,18 @@ def _backward(
         grad, x, weight = grad.float(), x.float(), weight.float()
     dx = dw = None
     with _no_autocast():
-        if wanted[0] and way.dgrad == 1:
-            dx = _picture(_rows(grad) @ weight.flatten(1), x)
+        if wanted[0] and way.dgrad == POINTWISE:
+            dx = _picture(_rows(grad) @ weight.flatten(1), grad)
+            if way.stride != (1, 1):
+                dx, kept = torch.zeros_like(x), dx
+                _strided(dx, way.stride).copy_(kept)
         elif wanted[0] and way.dgrad:
             padding = (2 - way.padding[0], 2 - way.padding[1])
             dx = _winograd(grad, weight, padding, way.dgrad, True)
-        if wanted[1] and way.wgrad == 1:
-            dw = (_rows(grad).t() @ _rows(x)).view_as(weight)
+        if wanted[1] and way.wgrad == POINTWISE:
+            dw = (_rows(grad).t() @ _rows(_strided(x, way.stride))).view_as(weight)
+        elif wanted[1] and way.wgrad == COLUMNS:
+            dw = _wgrad_by_columns(grad, x, weight, way)
         elif wanted[1] and way.wgrad:
             dw = _ops.conv_winograd_weight(grad, x, way.padding, way.wgrad)
         rest = [wanted[0] and dx is None, wanted[1] and dw is None, False]
@@ -237,6 +252,30 @@ def _winograd(x: Tensor, weight: Tensor, padding: Pair, tile: int, transposed: b
     bias = weight.new_zeros(weight.size(1 if transposed else 0))
     y: Tensor = _ops.conv_winograd(x, packed, bias, None, padding, tile, False)
     return y
+
+
+def _wgrad_by_columns(grad: Tensor, x: Tensor, weight: Tensor, way: Way) -> Tensor:
+    """The weight's gradient: the outputs' gradient times the windows that made each of them."""
+    c_out, c_in, kh, kw = weight.shape
+    _, _, height, width = grad.shape
+    taps = x.new_zeros(c_out, kh * kw * c_in)
+    pictures = max(1, COLUMN_BYTES // (height * width * kh * kw * c_in * x.element_size()))
+    for first in range(0, x.size(0), pictures):
+        part = x[first : first + pictures].permute(0, 2, 3, 1)
+        part = F.pad(part, (0, 0, way.padding[1], way.padding[1], way.padding[0], way.padding[0]))
+        n, line, pixel, _ = part.stride()
+        windows = part.as_strided(
+            (part.size(0), height, width, kh, kw * c_in),
+            (n, way.stride[0] * line, way.stride[1] * pixel, line, 1),
+        )
+        columns = windows.reshape(-1, kh * kw * c_in)
+        taps.addmm_(_rows(grad[first : first + pictures]).t(), columns)
+    return taps.view(c_out, kh, kw, c_in).permute(0, 3, 1, 2)
+
+
+def _strided(x: Tensor, stride: Pair) -> Tensor:
+    """The pixels that a 1x1 convolution with that stride sees, a view."""
+    return x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]]
 
 
 def _rows(x: Tensor) -> Tensor:

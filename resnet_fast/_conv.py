@@ -28,6 +28,8 @@ SCHEMAS = (
     "conv_winograd_pack(Tensor weight, int tile, bool transposed) -> Tensor",
     # The gradient (C_out, C_in, 3, 3) of the filter.
     "conv_winograd_weight(Tensor grad, Tensor x, int[2] padding, int tile) -> Tensor",
+    # Advises the system to back a dense tensor, which nobody has written to yet, by huge pages.
+    "huge_pages(Tensor fresh) -> ()",
     # weight: what pack makes. max_pool: of 3x3, stride 2, padding 1.
     "conv_stem(Tensor x, Tensor weight, Tensor bias, int[2] kernel, int[2] stride, int[2] padding,"
     " bool relu, bool max_pool) -> Tensor",
@@ -138,6 +140,10 @@ def conv_winograd_(
     relu: bool,
 ) -> None:
     residual.copy_(conv_winograd(x, weight, bias, residual, padding, tile, relu))
+
+
+def huge_pages(fresh: Tensor) -> None:
+    """Advice is for the machine: there is nothing to compute."""
 
 
 def conv_winograd_weight(grad: Tensor, x: Tensor, padding: list[int], tile: int) -> Tensor:

@@ -41,6 +41,7 @@ Pair = tuple[int, int]
 
 # The kernels; 2 and 4 are Winograd's tiles.
 PLAIN, POINTWISE, COLUMNS = 0, 1, 9
+HUGE_FROM = 4 << 20  # bytes, as in csrc/torch/cpu/tensors.cpp
 COLUMN_BYTES = 4 << 20  # of gathered windows at once, so that they stay in the caches
 
 
@@ -186,16 +187,16 @@ def has_instructions(dtype: torch.dtype) -> bool:
 def _forward(x: Tensor, weight: Tensor, way: Way) -> Tensor:
     dtype = x.dtype
     if way.in_float32:
-        x, weight = x.float(), weight.float()
+        x, weight = _cast(x, torch.float32), weight.float()
     with _no_autocast():
         if way.forward == POINTWISE:
             kept = _strided(x, way.stride)
-            y = _picture(_rows(kept) @ weight.flatten(1).t(), kept)
+            y = _picture(_product(_rows(kept), weight.flatten(1).t()), kept)
         elif way.forward:
             y = _winograd(x, weight, way.padding, way.forward, False)
         else:
             y = F.conv2d(x, weight, None, *way.arguments)
-    return y.to(dtype)
+    return _cast(y, dtype)
 
 
 def _backward(
@@ -204,13 +205,14 @@ def _backward(
     """The gradients of x and weight, of those that are wanted."""
     dtype = x.dtype
     if way.in_float32:
-        grad, x, weight = grad.float(), x.float(), weight.float()
+        grad, x = _cast(grad, torch.float32), _cast(x, torch.float32)
+        weight = weight.float()
     dx = dw = None
     with _no_autocast():
         if wanted[0] and way.dgrad == POINTWISE:
-            dx = _picture(_rows(grad) @ weight.flatten(1), grad)
+            dx = _picture(_product(_rows(grad), weight.flatten(1)), grad)
             if way.stride != (1, 1):
-                dx, kept = torch.zeros_like(x), dx
+                dx, kept = _huge(torch.empty_like(x)).zero_(), dx
                 _strided(dx, way.stride).copy_(kept)
         elif wanted[0] and way.dgrad:
             padding = (2 - way.padding[0], 2 - way.padding[1])
@@ -225,7 +227,7 @@ def _backward(
         if any(rest):
             plain = _plain_backward(grad, x, weight, way, rest)
             dx, dw = plain[0] if rest[0] else dx, plain[1] if rest[1] else dw
-    return None if dx is None else dx.to(dtype), None if dw is None else dw.to(dtype)
+    return None if dx is None else _cast(dx, dtype), None if dw is None else dw.to(dtype)
 
 
 def _plain_backward(
@@ -271,6 +273,24 @@ def _wgrad_by_columns(grad: Tensor, x: Tensor, weight: Tensor, way: Way) -> Tens
         columns = windows.reshape(-1, kh * kw * c_in)
         taps.addmm_(_rows(grad[first : first + pictures]).t(), columns)
     return taps.view(c_out, kh, kw, c_in).permute(0, 3, 1, 2)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows @ matrix, written to a tensor whose pages cost little."""
+    out = _huge(rows.new_empty(rows.size(0), matrix.size(1)))
+    return torch.mm(rows, matrix, out=out)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), likewise."""
+    return x if x.dtype is dtype else _huge(torch.empty_like(x, dtype=dtype)).copy_(x)
+
+
+def _huge(fresh: Tensor) -> Tensor:
+    """fresh, which is dense and holds nothing yet, on huge pages if it is large."""
+    if fresh.numel() * fresh.element_size() >= HUGE_FROM:
+        _ops.huge_pages(fresh)
+    return fresh
 
 
 def _strided(x: Tensor, stride: Pair) -> Tensor:

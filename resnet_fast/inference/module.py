@@ -205,10 +205,10 @@ class _Call:
             self._seen[key] = sizes
         if sizes:
             split = zip(*(x.split(sizes) for x in leaves))  # noqa: B905
-            parts = [self._function(*map(self._ready, piece)) for piece in split]
+            parts = [self._function([*map(self._ready, piece)]) for piece in split]
             outputs = [torch.cat(group) for group in zip(*parts)]  # noqa: B905
         else:
-            outputs = self._function(*map(self._ready, leaves))
+            outputs = self._function([*map(self._ready, leaves)])
         if self._guard is not None:
             self._guard.check()
         if self._dtype is not self._compute:

@@ -75,13 +75,14 @@ class _Tiles:
         self._weight, self._padding, self._direct = weight, spec.padding, direct
         self._made: dict[int, tuple[int, Tensor | None, Callable[..., Tensor] | None]] = {}
         self._lock = threading.Lock()
+        self._pack = torch.ops.resnet_fast.conv_winograd_pack.default
 
     def look_up(self, size: torch.Size) -> tuple[int, Tensor | None, Callable[..., Tensor] | None]:
         with self._lock:
             tile = _conv.choose_tile(size, self._padding)
             if tile not in self._made:
                 self._made[tile] = (
-                    (tile, _conv.pack_winograd(self._weight, tile), None)
+                    (tile, self._pack(self._weight, tile, False), None)
                     if tile
                     else (0, None, self._direct())
                 )

@@ -112,6 +112,11 @@ Tensor on_huge_pages(Tensor fresh) {
   return fresh;
 }
 
+void huge_pages(Tensor fresh) {
+  check_cpu("fresh", fresh);
+  on_huge_pages(fresh);
+}
+
 bool too_large_for_cache(const Tensor& x) { return bytes_of(x) >= kStreamFrom; }
 
 void check_cpu(const char* name, const Tensor& t) {

@@ -56,6 +56,8 @@ class Coefficients {
   std::vector<float> floats_;
 };
 
+// on_huge_pages for tensors that Python made.
+void huge_pages(Tensor fresh);
 // Forwards that make nothing but y, the CPU's alone.
 Tensor add_relu_inference(Tensor x, Tensor residual);
 Tensor batch_norm_act_inference(Tensor x, OptionalTensor weight, OptionalTensor bias,

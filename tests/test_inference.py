@@ -313,7 +313,7 @@ def test_tiles_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     choose = _conv.choose_tile
     monkeypatch.setattr(
-        winograd, "choose_tile", lambda *args: asked.append(choose(*args)) or asked[-1]
+        _conv, "choose_tile", lambda *args: asked.append(choose(*args)) or asked[-1]
     )
     model = lively(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()))
     fast = rf.optimize_for_inference(model, image(1, 64, 8, 8))

@@ -61,5 +61,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert "tests collected" in (tmp_path / "log.txt").read_text()
     assert "resnet18 4x3x64x64" in (tmp_path / "table.txt").read_text()
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert {row["kind"] for row in rows} >= {"copy", "model"}
+    kinds = {row["kind"] for row in rows}
+    assert kinds >= {"copy", "op", "model"}
+    assert "failed" not in kinds
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")

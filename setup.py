@@ -24,6 +24,8 @@ class NinjaBuild(build_ext):
             # A checkout that is worked in also gets the emulated kernels, for its tests.
             plan = extension_build.resolve(ROOT, emulated=self.inplace)
         except extension_build.CannotBuild as reason:
+            if extension_build.cuda_build.required():
+                raise SystemExit(f"resnet_fast: RESNET_FAST_BUILD_CUDA=1: {reason}") from None
             print(f"resnet_fast: installing the pure-Python package (reference): {reason}")
             self.extensions = []
             return

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``python -m bench.gpu {kernels,models,slowest,table,plot}``: the benchmarks on a GPU.
+"""``python -m bench.gpu {kernels,models,slowest,profile,table,plot}``: the benchmarks on a GPU.
 
 ``kernels`` and ``models`` append rows to ``--rows`` (default: results/<card>.jsonl); ``table``
-prints what is there, ``plot`` draws it, and ``slowest`` runs the ops that stay furthest below the
-copy bandwidth once more, for a profiler around it. ``--device cpu --quick`` is the dry run: tiny
-shapes, the same code.
+prints what is there, ``plot`` draws it. ``slowest`` runs the ops that stay furthest below the copy
+bandwidth once more, for a profiler around it, and ``profile`` makes rows of what ncu wrote to
+``--csv``. ``--device cpu --quick`` is the dry run: tiny shapes, the same code.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from . import gpu_kernels, gpu_models, gpu_plot
+from . import gpu_kernels, gpu_models, gpu_plot, gpu_profile
 from .kernels import Case, rivals_of
 from .layers import Layer
 from .rows import RESULTS, Row, append, context, load, newest
 
+WHAT = ("kernels", "models", "slowest", "profile", "table", "plot")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -45,16 +46,18 @@ def _driver() -> str:
     return said.stdout.split("\n")[0].strip()
 
 
-def gpu_context(device: str, quick: bool) -> Row:
-    """The fields that every row shares."""
+def gpu_context(device: str, quick: bool, commit: str = "") -> Row:
+    """The fields that every row shares; commit: in place of what git says, where it is not ""."""
     row = {k: v for k, v in context("torch", quick).items() if k != "threads"}
+    if commit:
+        row["commit"] = commit
     return {**row, "card": card_name(device), "driver": _driver(), "cuda": torch.version.cuda}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("what", choices=("kernels", "models", "slowest", "table", "plot"))
+    parser.add_argument("what", choices=WHAT)
     parser.add_argument("--rows", type=Path, help="JSON lines to append to or to read")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds")
@@ -62,10 +65,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--seconds", type=float, default=600.0, help="for all, roughly")
+    parser.add_argument("--commit", default="", help="of this copy, where it has no .git")
+    parser.add_argument("--csv", type=Path, help="profile: the log of ncu --csv")
     parser.add_argument("--count", type=int, default=3, help="slowest: how many")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and options.what != "table" and not torch.cuda.is_available():
+    reads_rows = options.what in ("table", "plot") and options.rows is not None
+    if options.device == "cuda" and not reads_rows and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu --quick is a dry run")
+    if (options.what == "profile") != (options.csv is not None):
+        parser.error("profile needs --csv, and nothing else takes it")
     if options.rows is None:
         options.rows = RESULTS.with_name(f"{file_stem(card_name(options.device))}.jsonl")
     return options
@@ -112,7 +120,14 @@ def run_once(row: Row, device: str) -> None:
     """One forward and backward of a row's op, for a profiler."""
     layer = Layer(row["name"], tuple(row["shape"]), row["count"])
     case = Case(layer, getattr(torch, row["dtype"]), row["layout"], device)
-    case.call(rivals_of(case, "profiled", False)["ours"])()
+    step = case.call(rivals_of(case, "profiled", False)["ours"])
+    if device == "cpu":
+        step()
+        return
+    torch.cuda.synchronize()
+    with torch.cuda.profiler.profile():
+        step()
+        torch.cuda.synchronize()
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -123,6 +138,8 @@ def table(rows: list[Row]) -> list[str]:
         head = f"{what:44} {row['dtype']:18} {row['layout']:14} {row['provider']:8}"
         if row["kind"] == "failed":
             lines.append(f"{head} failed: {row['error']}")
+        elif row["kind"] == "profile":
+            lines.append(f"{head} {row['seconds'] * 1e3:9.3f} {row['dram']:8.0%} of DRAM's peak")
         elif "p50" in row:
             share = f"{row['share_of_copy']:8.0%}" if "share_of_copy" in row else " " * 8
             lines.append(f"{head} {row['p50'] * 1e3:9.3f} {share}")
@@ -132,8 +149,8 @@ def table(rows: list[Row]) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit code."""
     options = parse(arguments)
-    if options.what in ("kernels", "models"):
-        common = gpu_context(options.device, options.quick)
+    if options.what in ("kernels", "models", "profile"):
+        common = gpu_context(options.device, options.quick, options.commit)
 
         def emit(row: Row) -> None:
             append(options.rows, {**common, **row})
@@ -141,12 +158,18 @@ def main(arguments: list[str]) -> int:
         def say(text: str) -> None:
             print(text, flush=True)
 
-        if options.what == "models":
+        if options.what == "profile":
+            for row in gpu_profile.rows_of(options.csv.read_text(encoding="utf-8")):
+                emit(row)
+        elif options.what == "models":
             gpu_models.run(model_options(options), emit, say)
         elif left := gpu_kernels.run(kernel_options(options), emit, say):
             print(f"{left} cases were left out: the time was up")
         return 0
-    rows = load(options.rows)
+    rows = load(options.rows) if options.rows.exists() else []
+    if not rows:
+        print(f"no rows in {options.rows}")
+        return 1
     if options.what == "table":
         print("\n".join(table(rows)))
     elif options.what == "plot":

@@ -89,7 +89,8 @@ def resnet50_layers(batch: int, size: int = 224) -> list[Layer]:
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_pre_hook(note(name))
-    model(image)
+    with rf.use_backend("reference"):  # shapes alone, and RESNET_FAST_REQUIRE may be set
+        model(image)
     return [Layer(op, shape, count) for (op, shape), count in shapes.items()]
 
 

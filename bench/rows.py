@@ -18,6 +18,7 @@ Kinds and what they add:
               resident memory rises), difference (from float32 eager, relative, in norm), note
               where a rival is not quite what its dtype says; ours also ratio_vs_best, best_rival,
               ratio_vs_eager. dtype "int8" has eager in float32 beside it
+- ``profile``  one kernel launch under ncu: seconds, dram (share of its peak); shape is the grid
 - ``failed``  a rival that could not run, with its ``error``
 
 Rows of a GPU have ``card``, ``driver`` and ``cuda`` as well, ``graph`` (whether a CUDA graph was

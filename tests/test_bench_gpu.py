@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from bench import gpu, gpu_timing
+from bench import gpu, gpu_profile, gpu_timing
 
 
 @pytest.mark.parametrize(("size", "sets"), [(1 << 30, 2), (10 << 20, 15), (1, 32)])
@@ -28,3 +30,40 @@ def test_rivals_with_unequal_sets_are_refused() -> None:
 
 def test_file_name_of_a_card() -> None:
     assert gpu.file_stem("NVIDIA H200") == "nvidia-h200"
+
+
+KERNEL = '"void resnet_fast::bn_apply_kernel<T1, (int)8, (bool)1>(T1)","(256, 1, 1)","(264, 1, 1)"'
+NCU = f"""==PROF== Connected to process 7
+==PROF== Disconnected from process 7
+"ID","Kernel Name","Block Size","Grid Size","Metric Name","Metric Unit","Metric Value"
+"0",{KERNEL},"{gpu_profile.DRAM}","%","86.5"
+"0",{KERNEL},"{gpu_profile.DURATION}","ns","1,250"
+"1","other(int)","(256, 1, 1)","(8, 2, 1)","{gpu_profile.DURATION}","us","3.5"
+"""
+
+
+def test_rows_of_a_profile() -> None:
+    (row,) = gpu_profile.rows_of(NCU)  # the second launch lacks a metric
+    assert (row["kind"], row["name"], row["shape"]) == ("profile", "bn_apply_kernel", [264, 1, 1])
+    assert row["seconds"] == pytest.approx(1.25e-6)
+    assert row["dram"] == pytest.approx(0.865)
+    assert "bn_apply_kernel 264x1x1" in gpu.table([row])[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("==ERROR== ERR_NVGPUCTRPERM", "no table: ==ERROR=="), (NCU.replace('"us"', '"h"'), "'h'")],
+)
+def test_what_is_no_profile_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        gpu_profile.rows_of(text)
+
+
+@pytest.mark.parametrize("what", ["table", "plot"])
+def test_no_rows_is_said(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([what, "--rows", str(tmp_path / "none.jsonl")]) == 1
+    assert "no rows in" in capsys.readouterr().out
+
+
+def test_the_commit_can_be_given() -> None:
+    assert gpu.gpu_context("cpu", True, "abc")["commit"] == "abc"

@@ -25,10 +25,10 @@ LAYOUTS = ("contiguous", "channels_last")
 HALF_MB = 4 * 64 * 28 * 28  # elements
 
 
-def call(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
+def call(layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """A batch norm with residual, forward and backward: every output."""
     rng = torch.Generator().manual_seed(0)
-    x, residual, grad = (lay(torch.randn(shape, generator=rng).to(dtype), layout) for _ in range(3))
+    x, residual, grad = (lay(torch.randn(SHAPE, generator=rng).to(dtype), layout) for _ in range(3))
     weight, bias = torch.rand(64, generator=rng), torch.rand(64, generator=rng)
     mean, var = torch.zeros(64), torch.ones(64)
     y, m, i, mask = ops.batch_norm_act_forward(
@@ -100,30 +100,57 @@ def test_bytes_moved_by_the_phases(layout: str, dtype: torch.dtype) -> None:
     assert sums.keys() <= {*expected, "bn_stats_merge", "bn_grad_merge"}
 
 
+def small_map(dtype: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
+    """The forward of (32, 64, 7, 7), channels-last: with or without residual, ReLU and mask."""
+    rng = torch.Generator().manual_seed(0)
+    x, residual = (
+        lay(torch.randn(32, 64, 7, 7, generator=rng).to(dtype), "channels_last") for _ in range(2)
+    )
+    both = torch.rand(64, generator=rng), torch.rand(64, generator=rng)
+
+    def forward(add: bool, relu: bool = True, mask: bool = False) -> tuple[Tensor, ...]:
+        mean, var = torch.zeros(64), torch.ones(64)
+        r = residual if add else None
+        y = ops.batch_norm_act_forward(x, *both, r, mean, var, True, 0.1, 1e-5, relu, mask)
+        return *y, mean, var
+
+    return forward
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bytes_moved_by_one_launch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("add", [False, True])
+def test_bytes_moved_by_one_launch(dtype: torch.dtype, add: bool) -> None:
     """A small channels-last map: x is read once, and no kernel of statistics runs."""
-    x, residual = (lay(torch.randn(32, 64, 7, 7).to(dtype), "channels_last") for _ in range(2))
-    size = x.numel() * dtype.itemsize
-    both = torch.rand(64), torch.rand(64)
-    for r, count in ((None, 2 * size), (residual, 3 * size + x.numel() // 8)):
-        sums = moved(
-            lambda r=r: ops.batch_norm_act_forward(
-                x, *both, r, None, None, True, 0.1, 1e-5, True, r is not None
-            )
-        )
-        assert sums.keys() == {"bn_fused"}
-        assert count <= sums["bn_fused"] <= 1.02 * count, sums["bn_fused"] / count
+    forward = small_map(dtype)
+    sums = moved(lambda: forward(add))
+    count = (2 + add) * 32 * 64 * 49 * dtype.itemsize
+    assert sums.keys() == {"bn_fused"}
+    assert count <= sums["bn_fused"] <= 1.02 * count, sums["bn_fused"] / count
+
+
+def test_a_mask_is_not_for_one_launch() -> None:
+    """A block would write it in pieces of sectors."""
+    forward = small_map(torch.bfloat16)
+    assert moved(lambda: forward(True, mask=True)).keys() >= {"bn_stats", "bn_apply"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_relu_at_a_join_in_one_launch(dtype: torch.dtype) -> None:
+    forward = small_map(dtype)
+    y, plain = forward(True)[0], forward(True, relu=False)[0]
+    assert plain.min() < 0
+    assert torch.equal(y, plain.relu())
 
 
 def test_five_thread_orders_of_one_launch() -> None:
+    forward = small_map(torch.bfloat16)
     results = []
     for seed in range(5):
         with emulated.options(seed=seed):
-            results.append(call("channels_last", torch.bfloat16, (8, 64, 7, 7)))
+            results.append(forward(True))
     for again in results[1:]:
-        for name, result in results[0].items():
-            assert torch.equal(result, again[name]), name
+        for first, result in zip(results[0], again, strict=True):
+            assert torch.equal(first, result)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +159,7 @@ def test_five_thread_orders_of_one_launch() -> None:
         ("bfloat16", 32, 512, 49, 32),
         ("bfloat16", 32, 2048, 49, 128),
         ("float32", 32, 512, 49, 64),
-        ("float64", 8, 64, 49, 8),
+        ("float64", 8, 64, 49, 16),
         ("bfloat16", 8, 256, 196, 16),
         ("bfloat16", 32, 256, 196, 0),  # 196 KiB a slab
         ("bfloat16", 32, 520, 49, 0),

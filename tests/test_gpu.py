@@ -52,12 +52,11 @@ def test_the_kernels_are_there() -> None:
 
 def test_launches_go_to_the_current_stream() -> None:
     t = tensors()
-    expected = step(t)
+    expected = step({**t, "x": -t["x"]})
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # what another stream ran now would come too early
-        t["x"].neg_()
+        torch.cuda._sleep(100_000_000)  # what another stream runs now still finds the old x
         t["x"].neg_()
         got = step(t)
     stream.synchronize()

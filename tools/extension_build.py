@@ -51,6 +51,7 @@ TORCH_GPU_SOURCES = (
 TORCH_SOURCES = (
     "common",
     "cpu/tensors",
+    "cpu/grad_input",
     "cpu/add_relu",
     "cpu/batch_norm_act",
     "cpu/batch_norm_phases",

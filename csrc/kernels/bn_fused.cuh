@@ -2,12 +2,12 @@
 // The whole forward of a batch norm in training mode in one launch, for small feature maps: a block
 // holds all values of its channels in shared memory, takes their statistics there and applies them.
 //
-// Layouts: channels_last (and matrices), C a multiple of 16, tensors aligned to 16 bytes.
+// Layouts: channels_last (and matrices), C a multiple of 32 bytes, tensors aligned to 16 bytes. No
+//          mask: a block would write two bytes or less of each row's, a sector each.
 // dtypes:  float64, float32, float16, bfloat16; arithmetic as in bn_stats and bn_apply.
 // Bytes moved, E elements of b bytes, C channels, statistics of a bytes:
-//          2bE (+ bE with residual) (+ E/8 with mask) + 6aC: x is read once.
-//          A row of a block is a sector of 32 bytes (64 in float64), so x, residual and y move in
-//          whole sectors; the mask's bytes do not, they meet in L2.
+//          2bE (+ bE with residual) + 6aC: x is read once. A row of a block is a sector of 32
+//          bytes, so all of it moves in whole sectors.
 // Shape:   a block copies its slab of at most 64 KB, all of it in flight at once, past the
 //          registers; two blocks share a multiprocessor. One block per slab and no cluster: 32
 //          channels of 7x7 bfloat16 maps occupy two blocks, so a layer of 512 channels leaves three
@@ -22,11 +22,9 @@
 namespace resnet_fast {
 
 constexpr int kBnFusedBlocksPerSm = 2;
-// Vectors across a block: a sector, and whole bytes of the mask.
+constexpr int kBnFusedVectors = 2;  // across a block: a sector
 template <class T>
-constexpr int kBnFusedVectors = kVector<T> == 2 ? 4 : 2;
-template <class T>
-constexpr int kBnFusedChannels = kBnFusedVectors<T> * kVector<T>;
+constexpr int kBnFusedChannels = kBnFusedVectors * kVector<T>;
 
 // The coefficients of a block's channels.
 template <class T>
@@ -48,14 +46,14 @@ struct SharedAffine {
 // alone, so the slab needs no barrier.
 template <class T, int U>
 struct SlabRows {
-  static constexpr int V = kVector<T>, X = kBnFusedVectors<T>, Y = kThreads / X;
+  static constexpr int V = kVector<T>, X = kBnFusedVectors, Y = kThreads / X;
   Vec<T, V>* slab;
   int rows;
 
   RF_DEVICE static int column() { return threadIdx.x % X; }
   RF_DEVICE static int first_row() { return threadIdx.x / X; }
   RF_DEVICE Vec<T, V>* at(int row) const { return slab + row * X + column(); }
-  // Calls body(row) with U rows at a time, -1 where there is none; all threads equally often.
+  // Calls body(row) with U rows at a time, -1 where there is none.
   template <class Body>
   RF_DEVICE void for_tiles(const Body& body) const {
     for (int base = 0; base < rows; base += U * Y) {
@@ -140,13 +138,9 @@ bn_fused_kernel(const BnStats<T, kVector<T>> stats, const BnApply<T> p, const in
         residual[u] = load_vec<Cache::kStream, V>(p.residual + row[u] * p.shape.channels + first);
     RF_UNROLL
     for (int u = 0; u < U; ++u) {
-      const int64_t at = row[u] * p.shape.channels + first;
-      unsigned bits = 0;
-      if (row[u] >= 0) {
-        const Vec<T, V> x = load_shared(rows.at(static_cast<int>(row[u])));
-        bits = p.write(at, p.template compute<1>(x, residual[u], own));
-      }
-      if (p.mask) store_mask<V>(p.mask, at, bits, row[u] >= 0);
+      if (row[u] < 0) continue;
+      const Vec<T, V> x = load_shared(rows.at(static_cast<int>(row[u])));
+      p.write(row[u] * p.shape.channels + first, p.template compute<1>(x, residual[u], own));
     }
   });
 }

@@ -20,7 +20,7 @@ ReducePlan plan_sums(const Params& p) {
 }
 
 template <class T>
-BnGradInput<T> input(const Params& p) {
+BnGradInput<T> input(const BatchNormGradInput& p) {
   using A = Accumulator<T>;
   BnGradInput<T> in;
   in.grad = static_cast<const T*>(p.grad);
@@ -106,19 +106,10 @@ std::size_t scratch_bytes(const Params& p) {
 // where the residual's stands.
 Params as_whole(const BatchNormActBackwardReduceParams& p) {
   Params whole;
-  whole.dtype = p.dtype;
-  whole.shape = p.shape;
-  whole.grad = p.grad;
-  whole.x = p.x;
-  whole.mean = p.mean;
-  whole.invstd = p.invstd;
-  whole.weight = p.weight;
-  whole.bias = p.bias;
-  whole.mask = p.mask;
+  static_cast<BatchNormGradInput&>(whole) = p;
   whole.dresidual = p.masked;
   whole.scratch = p.scratch;
   whole.training = true;
-  whole.relu = p.relu;
   return whole;
 }
 
@@ -165,16 +156,12 @@ Status launch_batch_norm_act_backward_reduce(const BatchNormActBackwardReducePar
 Status launch_batch_norm_act_backward_apply(const BatchNormActBackwardApplyParams& p,
                                             Stream stream) {
   if (elements_of(p.shape) == 0) return {};
-  if (p.dx != p.masked) poison(p.dx, elements_of(p.shape) * size_of(p.dtype));
+  if (p.dx != p.grad) poison(p.dx, elements_of(p.shape) * size_of(p.dtype));
   return with_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Accumulator<T>;
     BnGradApply<T> op = {};
-    op.in.grad = static_cast<const T*>(p.masked);
-    op.in.x = static_cast<const T*>(p.x);
-    op.in.mean = static_cast<const A*>(p.mean);
-    op.in.invstd = static_cast<const A*>(p.invstd);
-    op.in.weight = static_cast<const A*>(p.weight);
+    op.in = input<T>(p);
     op.in.mask_from = MaskFrom::kNothing;
     op.dx = static_cast<T*>(p.dx);
     op.sum = static_cast<const A*>(p.sum);

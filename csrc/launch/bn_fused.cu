@@ -5,7 +5,7 @@
 namespace resnet_fast {
 
 bool runs_fused(const BatchNormActParams& p) {
-  if (!p.training || !aligned(p.x, p.residual, p.y)) return false;
+  if (!p.training || p.mask || !aligned(p.x, p.residual, p.y)) return false;
   bool fits = false;
   with_dtype(p.dtype, [&](auto tag) {
     fits = plan_fused<typename decltype(tag)::type>(p.shape).blocks > 0;
@@ -15,9 +15,7 @@ bool runs_fused(const BatchNormActParams& p) {
 }
 
 Status launch_bn_fused(const BatchNormActParams& p, Stream stream) {
-  const int64_t elements = elements_of(p.shape);
-  poison(p.y, elements * size_of(p.dtype));
-  poison(p.mask, mask_bytes(elements));
+  poison(p.y, elements_of(p.shape) * size_of(p.dtype));
   poison(p.mean, p.shape.c * accumulator_size(p.dtype));
   poison(p.invstd, p.shape.c * accumulator_size(p.dtype));
   return with_dtype(p.dtype, [&](auto tag) {

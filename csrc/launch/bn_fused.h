@@ -13,14 +13,13 @@ struct FusedPlan {
   std::size_t slab_bytes = 0;
 };
 
-// For tensors aligned to 16 bytes.
+// For tensors aligned to 16 bytes, and no mask.
 template <class T>
 FusedPlan plan_fused(const Shape& shape) {
   const bool channels_last = shape.layout == Layout::kChannelsLast || shape.inner == 1;
   const int64_t rows = shape.n * shape.inner;
   const int64_t slab = rows * kBnFusedChannels<T> * static_cast<int64_t>(sizeof(T));
-  // 16: then bytes and words of the mask end with the rows of a slab.
-  if (!channels_last || shape.c % 16 != 0 || rows == 0 ||
+  if (!channels_last || shape.c % kBnFusedChannels<T> != 0 || rows == 0 ||
       slab > static_cast<int64_t>(kMaxDynamicShared))
     return {};
   return {shape.c / kBnFusedChannels<T>, rows, static_cast<std::size_t>(slab)};

@@ -77,7 +77,8 @@ Status launch_batch_norm_act(const BatchNormActParams& params, Stream stream);
 Status launch_bn_stats(const BatchNormActParams& params, Stream stream);
 Status launch_bn_apply(const BatchNormActParams& params, Stream stream);
 
-struct BatchNormActBackwardParams {
+// What every backward of a batch norm reads.
+struct BatchNormGradInput {
   DType dtype = DType::kFloat32;
   Shape shape;
   const void* grad = nullptr;
@@ -87,13 +88,16 @@ struct BatchNormActBackwardParams {
   const void* weight = nullptr;   // or null: 1
   const void* bias = nullptr;     // or null: 0
   const uint8_t* mask = nullptr;  // or null: with relu, the mask is recomputed from x
-  void* dx = nullptr;             // null: not wanted, as the next three
+  bool relu = true;
+};
+
+struct BatchNormActBackwardParams : BatchNormGradInput {
+  void* dx = nullptr;  // null: not wanted, as the next three
   void* dresidual = nullptr;
   void* dweight = nullptr;
   void* dbias = nullptr;
   void* scratch = nullptr;  // batch_norm_act_backward_scratch_bytes(), aligned to 16 bytes
   bool training = false;
-  bool relu = true;
 };
 std::size_t batch_norm_act_backward_scratch_bytes(const BatchNormActBackwardParams& params);
 Status launch_batch_norm_act_backward(const BatchNormActBackwardParams& params, Stream stream);
@@ -111,36 +115,20 @@ struct BatchNormStatisticsParams {
 std::size_t batch_norm_statistics_scratch_bytes(const BatchNormStatisticsParams& params);
 Status launch_batch_norm_statistics(const BatchNormStatisticsParams& params, Stream stream);
 
-struct BatchNormActBackwardReduceParams {
-  DType dtype = DType::kFloat32;
-  Shape shape;
-  const void* grad = nullptr;
-  const void* x = nullptr;
-  const void* mean = nullptr;
-  const void* invstd = nullptr;
-  const void* weight = nullptr;   // or null: 1
-  const void* bias = nullptr;     // or null: 0
-  const uint8_t* mask = nullptr;  // or null: with relu, the mask is recomputed from x
-  void* masked = nullptr;         // null: not wanted; the gradient behind the ReLU
-  double* sum = nullptr;          // (C,), written: of the gradient behind the ReLU, and of
-  double* dot = nullptr;          // (C,), written: its product with x - mean
+struct BatchNormActBackwardReduceParams : BatchNormGradInput {
+  void* masked = nullptr;   // null: not wanted; the gradient behind the ReLU
+  double* sum = nullptr;    // (C,), written: of the gradient behind the ReLU, and of
+  double* dot = nullptr;    // (C,), written: its product with x - mean
   void* scratch = nullptr;  // batch_norm_act_backward_reduce_scratch_bytes(), aligned to 16 bytes
-  bool relu = true;
 };
 std::size_t batch_norm_act_backward_reduce_scratch_bytes(
     const BatchNormActBackwardReduceParams& params);
 Status launch_batch_norm_act_backward_reduce(const BatchNormActBackwardReduceParams& params,
                                              Stream stream);
 
-struct BatchNormActBackwardApplyParams {
-  DType dtype = DType::kFloat32;
-  Shape shape;
-  const void* masked = nullptr;  // the gradient behind the ReLU
-  const void* x = nullptr;
-  const void* mean = nullptr;
-  const void* invstd = nullptr;
-  const void* weight = nullptr;  // or null: 1
-  const void* sum = nullptr;     // (C,), as dot: of all processes, but in the type of mean
+// grad is the one behind the ReLU: bias, mask and relu are not read.
+struct BatchNormActBackwardApplyParams : BatchNormGradInput {
+  const void* sum = nullptr;  // (C,), as dot: of all processes, but in the type of mean
   const void* dot = nullptr;
   double count = 1;  // values of a channel, of all processes
   void* dx = nullptr;

@@ -7,6 +7,12 @@ ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+ScalarType parameter_type(const Tensor& x, const OptionalTensor& weight,
+                          const OptionalTensor& bias) {
+  if (weight) return weight->scalar_type();
+  return bias ? bias->scalar_type() : accumulate_type(x);
+}
+
 std::string shape_text(const Tensor& t) {
   std::string text = "(";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
@@ -38,12 +44,12 @@ int64_t bytes_of_mask(int64_t numel) { return 2 * ((numel + 15) / 16); }
 Tensor new_vector(const Tensor& x, int64_t n, ScalarType type) {
   // NOTE: not torch::stable::new_empty: that looks its operator up by name at every call.
   int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   const int64_t stride = 1;
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(1, &n, &stride, dtype, device_type, device_index, &made));
   return Tensor(made);
 }

@@ -19,6 +19,9 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
 ScalarType accumulate_type(const Tensor& x);
+// Of the gradients of weight and bias.
+ScalarType parameter_type(const Tensor& x, const OptionalTensor& weight,
+                          const OptionalTensor& bias);
 std::string shape_text(const Tensor& t);
 
 // Dense in channels-last order (4-D, 5-D) and not contiguous as well.

@@ -184,7 +184,7 @@ void test_one_launch() {
         c.dtype = dtype;
         c.shape = {n, index % 3 ? 16 : 48, inner, Layout::kChannelsLast};
         c.residual = residual;
-        c.relu = index % 5 != 0;
+        c.relu = !residual && index % 5 != 0;
         c.affine = index % 7 != 0;
         if (index % 4 == 0) c.mean = 1e3;
         test_case(c);
@@ -197,14 +197,16 @@ void test_one_launch() {
     Case c;
     c.dtype = dtype;
     c.shape = {8, 32, 49, Layout::kChannelsLast};
-    c.residual = true;
+    c.residual = true, c.relu = false;
     test_seeds(c);
     test_nan(c);
-    // One row more than shared memory holds, no whole words of the mask, no whole vectors.
-    for (Shape other : {Shape{1, 16, 2049, Layout::kChannelsLast},
-                        Shape{8, 24, 49, Layout::kChannelsLast}, Shape{8, 32, 49}}) {
+    // One row more than shared memory holds, no whole sectors, planes, and a mask to write.
+    for (Shape other :
+         {Shape{1, 16, 2049, Layout::kChannelsLast}, Shape{8, 20, 49, Layout::kChannelsLast},
+          Shape{8, 32, 49}, Shape{8, 32, 49, Layout::kChannelsLast}}) {
       emu::set_options({1, false, 4});
       emu::reset_counters();
+      c.relu = other.layout == Layout::kChannelsLast && other.c == 32;
       c.shape = other;
       test_case(c);
       check(emu::counters("bn_fused").launches == 0, c.name() + "is not for one launch");

@@ -78,7 +78,7 @@ void test_backward(Run& run) {
   check(same, c.name() + "sums");
   BatchNormActBackwardApplyParams a;
   a.dtype = c.dtype, a.shape = c.shape;
-  a.masked = masked.data(), a.x = run.x.data();
+  a.grad = masked.data(), a.x = run.x.data();
   a.mean = run.mean.data(), a.invstd = run.invstd.data(), a.weight = r.weight;
   a.sum = sum_in.data(), a.dot = dot_in.data();
   a.count = static_cast<double>(c.per_channel());

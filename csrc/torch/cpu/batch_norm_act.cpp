@@ -3,7 +3,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "tensors.h"
+#include "grad_input.h"
 
 namespace resnet_fast {
 
@@ -51,12 +51,6 @@ void update_running(const OptionalTensor& running, const Values& batch, double m
     values[c] = (1 - momentum) * values[c] + momentum * (batch[c] * correction);
   }
   write_channel(*running, values);
-}
-
-Tensor channel_tensor(const Tensor& x, const Values& values, ScalarType type) {
-  Tensor t = new_vector(x, int64_t(values.size()), type);
-  write_channel(t, values);
-  return t;
 }
 
 const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
@@ -176,78 +170,30 @@ Tensor batch_norm_act_inference(Tensor x, OptionalTensor weight, OptionalTensor 
 
 namespace {
 
-// The sums of each channel of those of its columns.
-void add_columns(Values& sums, int64_t repeat) {
-  if (repeat == 1) return;
-  const size_t channels = sums.size() / size_t(repeat);
-  for (size_t c = 0; c < channels; ++c) {
-    double total = 0;
-    for (int64_t i = 0; i < repeat; ++i) total += sums[c * size_t(repeat) + size_t(i)];
-    sums[c] = total;
-  }
-  sums.resize(channels);
-}
-
-// Gradients for checked arguments. With `overwrite` dx is written over grad, and its place in the
-// result stays empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad, Tensor x, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& mask, bool training, bool relu,
-    const std::vector<bool>& output_mask, bool overwrite) {
+// Gradients for checked arguments, those of weight and bias in the dtype `parameter`. With
+// `overwrite` dx is written over grad, and its place in the result stays empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const GradInput& in, ScalarType parameter,
+                                                    bool training,
+                                                    const std::vector<bool>& output_mask,
+                                                    bool overwrite) {
   const bool want_dx = output_mask[0], want_dresidual = output_mask[1];
   const bool want_dweight = output_mask[2], want_dbias = output_mask[3];
-
-  const cpu::DType dtype = dtype_of(x, "x");
-  const bool channels_last = is_channels_last(x);
-  x = to_layout(x, channels_last);
-  grad = to_layout(grad, channels_last);
-  const cpu::Geometry geometry = geometry_of(x, channels_last);
-  const bool in_double = dtype == cpu::DType::kFloat64;
-  const int64_t channels = geometry.channels;
-  const Values mean_values = read_channel(mean, channels, 0);
-  const Values invstd_values = read_channel(invstd, channels, 0);
-  const Values scale_values = scale_of(invstd_values, weight);
-  const auto [columns, repeat] = columns_of(geometry);
-  const Coefficients centre(mean_values, in_double, repeat), scale(scale_values, in_double, repeat),
-      shift(read_channel(bias, channels, 0), in_double, repeat);
-  const auto source = mask_source(relu, mask);
-  const auto* bits = mask ? static_cast<const uint16_t*>(mask->const_data_ptr()) : nullptr;
-
+  const Tensor& x = in.x();
   const auto none = [&] { return nothing(x, x.scalar_type()); };
   Tensor dresidual = want_dresidual ? new_like(x) : none();
   void* masked = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
-  Values sum(columns.channels), dot(columns.channels);
   const bool reduce = want_dweight || want_dbias || (want_dx && training);
-  const bool stream = too_large_for_cache(x);
-  if (reduce) {
-    cpu::kernels().bn_reduce(
-        {grad.const_data_ptr(), x.const_data_ptr(), bits, masked, centre.data(), scale.data(),
-         shift.data(), sum.data(), dot.data(), columns, dtype, source, stream},
-        torch_threads());
-  }
-  add_columns(sum, repeat);
-  add_columns(dot, repeat);
-  // Once the masked gradient is written it is what the second pass reads.
-  const bool behind_relu = reduce && want_dresidual;
-  Tensor dx = !want_dx ? none() : (overwrite ? grad : new_like(x));
+  GradSums sums;
+  if (reduce) sums = in.reduce(masked);
+  Tensor dx = !want_dx ? none() : (overwrite ? in.grad() : new_like(x));
   if (want_dx || (want_dresidual && !reduce)) {
-    Values offset(sum), slope(dot);
-    const double n = double(geometry.count());
-    for (double& v : offset) v /= n;
-    for (int64_t c = 0; c < channels; ++c) slope[c] *= invstd_values[c] * invstd_values[c] / n;
-    const Coefficients offsets(offset, in_double, repeat), slopes(slope, in_double, repeat);
-    cpu::kernels().bn_grad(
-        {behind_relu ? masked : grad.const_data_ptr(), x.const_data_ptr(), bits,
-         behind_relu ? nullptr : masked, want_dx ? dx.mutable_data_ptr() : nullptr, centre.data(),
-         scale.data(), shift.data(), training ? offsets.data() : nullptr, slopes.data(), columns,
-         dtype, behind_relu ? cpu::MaskSource::kNone : source, stream},
-        torch_threads());
+    // Once the masked gradient is written it is what the second pass reads.
+    in.apply(training && reduce ? &sums : nullptr, double(in.count()), reduce ? masked : nullptr,
+             masked, want_dx ? dx.mutable_data_ptr() : nullptr);
   }
-  const ScalarType parameter =
-      weight ? weight->scalar_type() : (bias ? bias->scalar_type() : accumulate_type(x));
-  for (int64_t c = 0; c < channels; ++c) dot[c] *= invstd_values[c];
-  Tensor dweight = want_dweight ? channel_tensor(x, dot, parameter) : nothing(x, parameter);
-  Tensor dbias = want_dbias ? channel_tensor(x, sum, parameter) : nothing(x, parameter);
+  for (size_t c = 0; c < sums.dot.size(); ++c) sums.dot[c] *= in.invstd()[c];
+  Tensor dweight = want_dweight ? channel_tensor(x, sums.dot, parameter) : nothing(x, parameter);
+  Tensor dbias = want_dbias ? channel_tensor(x, sums.sum, parameter) : nothing(x, parameter);
   return {overwrite ? none() : dx, dresidual, dweight, dbias};
 }
 
@@ -258,7 +204,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
   check_cpu("x", x);
   check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
-  return backward(grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask, false);
+  return backward({grad, x, mean, invstd, weight, bias, mask, relu, true},
+                  parameter_type(x, weight, bias), training, output_mask, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
@@ -267,7 +214,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
   check_cpu("x", x);
   check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
   check_overwrite(grad, x);
-  return backward(grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask, true);
+  return backward({grad, x, mean, invstd, weight, bias, mask, relu, true},
+                  parameter_type(x, weight, bias), training, output_mask, true);
 }
 
 }  // namespace resnet_fast

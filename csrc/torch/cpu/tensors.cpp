@@ -37,7 +37,7 @@ void advise_huge_pages(void* data, int64_t bytes) {
 }
 
 void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
 }
 
 template <class Visit>
@@ -61,7 +61,7 @@ void for_channel_dtype(const Tensor& t, const Visit& visit) {
 
 cpu::Parallel torch_threads() {
   uint32_t threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   return {int64_t(threads), run_parallel};
 }
 
@@ -98,11 +98,10 @@ Columns columns_of(const cpu::Geometry& g) {
 Tensor new_like(const Tensor& x) {
   // NOTE: not torch::stable::empty_like: that looks its operator up by name at every call.
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(),
-                                                         x.strides().data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &made));
   return on_huge_pages(Tensor(made));
 }
 
@@ -143,15 +142,16 @@ void write_channel(const Tensor& t, const std::vector<double>& values) {
   });
 }
 
+Tensor channel_tensor(const Tensor& x, const std::vector<double>& values, ScalarType type) {
+  Tensor t = new_vector(x, int64_t(values.size()), type);
+  write_channel(t, values);
+  return t;
+}
+
 std::vector<double> scale_of(const std::vector<double>& invstd, const OptionalTensor& weight) {
   std::vector<double> scale = read_channel(weight, int64_t(invstd.size()), 1);
   for (size_t c = 0; c < scale.size(); ++c) scale[c] *= invstd[c];
   return scale;
-}
-
-cpu::MaskSource mask_source(bool relu, const OptionalTensor& mask) {
-  if (!relu) return cpu::MaskSource::kNone;
-  return mask ? cpu::MaskSource::kBits : cpu::MaskSource::kRecompute;
 }
 
 namespace {

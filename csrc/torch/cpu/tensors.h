@@ -36,10 +36,11 @@ std::vector<double> read_channel(const OptionalTensor& t, int64_t channels, doub
 // values written to a dense or strided per-channel tensor, in its dtype.
 void write_channel(const Tensor& t, const std::vector<double>& values);
 
+// A new per-channel tensor of values.
+Tensor channel_tensor(const Tensor& x, const std::vector<double>& values, ScalarType type);
+
 // weight * invstd from the *saved* statistics, so that forward and backward have the same bits.
 std::vector<double> scale_of(const std::vector<double>& invstd, const OptionalTensor& weight);
-// Where a backward finds the ReLU's mask.
-cpu::MaskSource mask_source(bool relu, const OptionalTensor& mask);
 
 // Per-channel coefficients in the accumulation type, rounded once from double, each `repeat` times.
 class Coefficients {

@@ -65,36 +65,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
 
 namespace {
 
-// Gradients for checked arguments. With `overwrite` dx is written over grad, and its place in the
-// result stays empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const OnDevice& device, Tensor grad, Tensor x, Tensor mean, Tensor invstd,
-    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& mask,
-    bool training, bool relu, const std::vector<bool>& output_mask, bool overwrite) {
+// Gradients for checked arguments, those of weight and bias in the dtype `parameter`. With
+// `overwrite` dx is written over grad, and its place in the result stays empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const OnDevice& device, const GradInput& in,
+                                                    ScalarType parameter, bool training, bool relu,
+                                                    const std::vector<bool>& output_mask,
+                                                    bool overwrite) {
   const bool want_dx = output_mask[0], want_dresidual = output_mask[1];
   const bool want_dweight = output_mask[2], want_dbias = output_mask[3];
-  BatchNormActBackwardParams p;
-  p.dtype = dtype_of(x, "x");
-  const bool channels_last = is_channels_last(x);
-  x = to_layout(x, channels_last);
-  grad = to_layout(grad, channels_last);
-  mean = as_channel(mean, x);
-  invstd = as_channel(invstd, x);
-  const OptionalTensor w = as_channel(weight, x), b = as_channel(bias, x);
+  const Tensor& x = in.x;
   const auto of_x = [&](bool wanted) {
     return wanted ? torch::stable::empty_like(x) : nothing(x, x.scalar_type());
   };
-  Tensor dx = overwrite && want_dx ? grad : of_x(want_dx), dresidual = of_x(want_dresidual);
+  Tensor dx = overwrite && want_dx ? in.grad : of_x(want_dx), dresidual = of_x(want_dresidual);
   Tensor dweight = new_channel(x), dbias = new_channel(x);
 
-  p.shape = shape_of(x, channels_last);
-  p.grad = grad.const_data_ptr();
-  p.x = x.const_data_ptr();
-  p.mean = mean.const_data_ptr();
-  p.invstd = invstd.const_data_ptr();
-  p.weight = data_of(w);
-  p.bias = data_of(b);
-  p.mask = static_cast<const uint8_t*>(data_of(mask));
+  BatchNormActBackwardParams p;
+  in.fill(&p);
   p.dx = data_if(want_dx, dx);
   p.dresidual = data_if(want_dresidual, dresidual);
   p.dweight = data_if(want_dweight, dweight);
@@ -104,8 +91,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor scratch = new_bytes(x, batch_norm_act_backward_scratch_bytes(p));
   p.scratch = scratch.mutable_data_ptr();
   check_status(launch_batch_norm_act_backward(p, device.stream()), "batch_norm_act_backward");
-  const ScalarType parameter =
-      weight ? weight->scalar_type() : (bias ? bias->scalar_type() : accumulate_type(x));
   return {overwrite ? nothing(x, x.scalar_type()) : dx, dresidual,
           want_dweight ? as_type(dweight, parameter) : nothing(x, parameter),
           want_dbias ? as_type(dbias, parameter) : nothing(x, parameter)};
@@ -118,8 +103,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     OptionalTensor mask, bool training, bool relu, std::vector<bool> output_mask) {
   const OnDevice device(x, "x");
   check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
-  return backward(device, grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask,
-                  false);
+  return backward(device, {grad, x, mean, invstd, weight, bias, mask},
+                  parameter_type(x, weight, bias), training, relu, output_mask, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
@@ -128,8 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_(
   const OnDevice device(x, "x");
   check_batch_norm_backward(grad, x, mean, invstd, weight, bias, mask, output_mask);
   check_overwrite(grad, x);
-  return backward(device, grad, x, mean, invstd, weight, bias, mask, training, relu, output_mask,
-                  true);
+  return backward(device, {grad, x, mean, invstd, weight, bias, mask},
+                  parameter_type(x, weight, bias), training, relu, output_mask, true);
 }
 
 }  // namespace resnet_fast

@@ -23,7 +23,7 @@ OnDevice::OnDevice(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "this PyTorch was built without CUDA");
   guard_.emplace(x.get_device_index());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
 }
 
 #endif
@@ -75,6 +75,30 @@ Tensor new_bytes(const Tensor& x, std::size_t bytes) {
 const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 void* mutable_data_of(const OptionalTensor& t) { return t ? t->mutable_data_ptr() : nullptr; }
 void* data_if(bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
+
+GradInput::GradInput(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& invstd,
+                     const OptionalTensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& mask)
+    : channels_last(is_channels_last(x)),
+      grad(to_layout(grad, channels_last)),
+      x(to_layout(x, channels_last)),
+      mean(as_channel(mean, x)),
+      invstd(as_channel(invstd, x)),
+      weight(as_channel(weight, x)),
+      bias(as_channel(bias, x)),
+      mask(mask) {}
+
+void GradInput::fill(BatchNormGradInput* p) const {
+  p->dtype = dtype_of(x, "x");
+  p->shape = shape_of(x, channels_last);
+  p->grad = grad.const_data_ptr();
+  p->x = x.const_data_ptr();
+  p->mean = mean.const_data_ptr();
+  p->invstd = invstd.const_data_ptr();
+  p->weight = data_of(weight);
+  p->bias = data_of(bias);
+  p->mask = static_cast<const uint8_t*>(data_of(mask));
+}
 
 void check_status(const Status& status, const char* op) {
   STD_TORCH_CHECK(status.ok(), op, ": the kernel was not launched: ", status.message, " (code ",

@@ -45,6 +45,18 @@ void* mutable_data_of(const OptionalTensor& t);
 // The tensor's data where it is wanted, else null.
 void* data_if(bool wanted, const Tensor& t);
 
+// The tensors of a backward as the kernels read them: x and grad dense in one layout, per-channel
+// ones as by as_channel(). What fill() puts into p is good while this lives.
+struct GradInput {
+  GradInput(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& invstd,
+            const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& mask);
+  void fill(BatchNormGradInput* p) const;
+
+  bool channels_last;
+  Tensor grad, x, mean, invstd;
+  OptionalTensor weight, bias, mask;
+};
+
 // Raises with the op's name if the launch failed.
 void check_status(const Status& status, const char* op);
 

@@ -30,6 +30,7 @@ from resnet_fast._ready import (
     why_not_module,
     why_not_norm,
 )
+from resnet_fast.gates import fits, scale_of
 from resnet_fast.norms import fusable, fused, why_not_fused
 
 STEM = ("bn1",)
@@ -94,19 +95,26 @@ def gated_join(
 ) -> Tensor:
     """act(gates(bn(out)) + shortcut of x); gates: attention, stochastic depth, run in order.
 
-    With a gate the norm is one op, and the sum with ReLU another.
+    With a gate the norm is one op, and the sum with ReLU another, which takes the product of the
+    last gate in where that is all it does.
     """
     relu = plain_module(act, nn.ReLU)
     if not gates and relu:
         return _join(block, bn, act, out, x)
     out = bn_act(bn, out, activation=None)
+    scale = None
     for gate in gates:
-        out = gate(out)
+        scale = scale_of(gate, out) if relu and gate is gates[-1] else None
+        if scale is None:
+            out = gate(out)
+        elif not fits(scale, out):
+            out, scale = out * scale, None
     identity = shortcut(block.downsample, x)
     # NOTE: a hook on the last gate may have kept its output, which the plain forward adds into.
     hooked = any(gate._forward_hooks or gate._backward_hooks for gate in gates)
     if relu and not hooked and not why_not_add(out, identity):
-        return functional.add_relu(out, identity)
+        return functional.add_relu(out, identity, scale=scale)
+    out = out if scale is None else out * scale
     out += identity
     return cast(Tensor, act(out))
 

@@ -34,6 +34,7 @@ CPU_KERNELS = (
     "bn_stats",
     "conv_stem",
     "conv_winograd",
+    "scaled_add_relu",
     "table",
 )
 LAUNCHERS = ("add_relu", "bn_apply", "bn_backward", "bn_fused", "bn_stats")
@@ -53,6 +54,7 @@ TORCH_SOURCES = (
     "cpu/batch_norm_act",
     "cpu/batch_norm_phases",
     "cpu/conv",
+    "cpu/scaled_add_relu",
     "cpu/register",
 )
 

@@ -140,6 +140,18 @@ RF_INLINE void store(Half* p, const Pack<float>& a) {
   std::memcpy(p, &w, sizeof w);
 }
 
+// The values as the dtype holds them.
+template <class T>
+RF_INLINE Pack<Accumulate<T>> rounded(const Pack<Accumulate<T>>& a) {
+  if constexpr (sizeof(T) >= 4) {
+    return a;
+  } else {
+    T lanes[kLanes];
+    store(lanes, a);
+    return load(lanes);
+  }
+}
+
 // Past the cache, for outputs larger than it; p must lie on a multiple of the vector's size.
 template <class Vector>
 RF_INLINE void stream_vector(void* p, const Vector& v) {

@@ -176,18 +176,6 @@ Tensor batch_norm_act_inference(Tensor x, OptionalTensor weight, OptionalTensor 
 
 namespace {
 
-// The sums of each channel of those of its columns.
-void add_columns(Values& sums, int64_t repeat) {
-  if (repeat == 1) return;
-  const size_t channels = sums.size() / size_t(repeat);
-  for (size_t c = 0; c < channels; ++c) {
-    double total = 0;
-    for (int64_t i = 0; i < repeat; ++i) total += sums[c * size_t(repeat) + size_t(i)];
-    sums[c] = total;
-  }
-  sums.resize(channels);
-}
-
 // Gradients for checked arguments. With `overwrite` dx is written over grad, and its place in the
 // result stays empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(

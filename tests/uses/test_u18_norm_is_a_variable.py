@@ -16,8 +16,8 @@ WAY = Way(
     "U18",
     "norm is a variable",
     FALLS_BACK,
-    "blocks whose norm is not a BatchNorm; one BatchNorm shared by blocks or switched between "
-    "bit-widths stays fast",
+    "a norm that is not a BatchNorm is called; the others of its block stay fused, and so does one "
+    "shared by blocks or switched between bit-widths",
 )
 
 

@@ -22,8 +22,7 @@ WAY = Way(
     "U20",
     "other activations",
     FALLS_BACK,
-    "torchvision's and our blocks run plain with another activation; in timm's the norms stay "
-    "fused and the activation is called",
+    "the activation is called, the norms before it stay fused",
 )
 
 

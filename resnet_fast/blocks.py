@@ -299,7 +299,8 @@ def stem(model: Any, x: Tensor, norms: tuple[str, ...] = STEM) -> Tensor:
     """
     bn, relu = getattr(model, norms[0]), model.relu
     if not block_ready(model, norms, x):
-        return cast(Tensor, relu(bn(x)))
+        fuse_norm = _has_parts(model, norms, x)  # where it is the ReLU that is called
+        return cast(Tensor, relu(_norm_in_steps(bn, x) if fuse_norm else bn(x)))
     return norm_relu(bn, relu, x)
 
 

@@ -226,6 +226,27 @@ RF_INLINE void store_part(float* p, const Pack<float>& a, int lo, int hi) {
 }
 #endif
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+RF_INLINE Pack<float> load_part(const Half* p, int lo, int hi) {
+  Pack<float> r;
+  r.v[0] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_bits(lo, hi), p));
+  return r;
+}
+
+RF_INLINE Pack<float> load_part(const BFloat16* p, int lo, int hi) {
+  const __m256i words = _mm256_maskz_loadu_epi16(lane_bits(lo, hi), p);
+  return as_floats((Bits)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+RF_INLINE void store_part(Half* p, const Pack<float>& a, int lo, int hi) {
+  _mm256_mask_storeu_epi16(p, lane_bits(lo, hi), (__m256i)narrow_half(a));
+}
+
+RF_INLINE void store_part(BFloat16* p, const Pack<float>& a, int lo, int hi) {
+  _mm256_mask_storeu_epi16(p, lane_bits(lo, hi), (__m256i)narrow_bfloat16(a));
+}
+#endif
+
 // Mask words of parts are put together from the first part on: the one that holds lane 0 sets the
 // word, later ones add to it. All parts of a word belong to one thread.
 RF_INLINE void store_mask_part(uint16_t* word, uint16_t bits, int lo, int hi) {

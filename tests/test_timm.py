@@ -270,9 +270,28 @@ def test_features_checkpointing_and_new_heads() -> None:
     assert not reasons(lambda: assert_same(step(ours, X), step(theirs, X), rtol=1e-8))
     for a, b in zip(ours.forward_intermediates(X)[1], theirs.forward_intermediates(X)[1], strict=1):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
-    maps = make("resnet18", features_only=True)
-    for a, b in zip(rf.accelerate(twin(maps))(X), maps(X), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("indices", [(0, 1, 2, 3, 4), (2, 4)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_only(indices: tuple[int, ...], checkpointing: bool) -> None:
+    """The norm of the stem, too, but where checkpoints lie between the getter's children."""
+    theirs = make("resnet18", features_only=True, out_indices=indices)
+    ours = rf.accelerate(twin(theirs))
+    results = []
+    for model in (theirs, ours):
+        model.set_grad_checkpointing(checkpointing)
+        with dispatch.recording() as events:
+            maps = model(X)
+        sum(y.square().mean() for y in maps).backward()
+        named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append({str(i): y.detach() for i, y in enumerate(maps)} | named)
+    assert_same(results[1], results[0], rtol=1e-7)
+    if rf.is_available():
+        norms = sum(isinstance(m, _BatchNorm) for m in theirs.modules())
+        fused = sum(e.op == "batch_norm_act" and e.impl != "reference" for e in events)
+        assert fused == norms - checkpointing
+    assert [type(m) for m in rf.restore(ours).modules()] == [type(m) for m in theirs.modules()]
 
 
 def test_copies_and_pickles() -> None:

@@ -34,6 +34,8 @@ def _eager(op: str) -> Forward:
     """(x, residual, weight, bias, running_mean, running_var) -> y, as torchvision does it."""
     if op == "add_relu":
         return lambda x, r, w, b, mean, var: F.relu(x + r, inplace=True)
+    if op == "gated_add_relu":  # timm: the product by the attention module, the rest by the block
+        return lambda x, r, w, b, mean, var: F.relu((x * w).add_(r), inplace=True)
 
     def forward(
         x: Tensor, r: Tensor | None, w: Tensor, b: Tensor, mean: Tensor, var: Tensor
@@ -49,6 +51,8 @@ def _eager(op: str) -> Forward:
 def _ours(op: str) -> Forward:
     if op == "add_relu":
         return lambda x, r, w, b, mean, var: rf.functional.add_relu(x, r)
+    if op == "gated_add_relu":
+        return lambda x, r, w, b, mean, var: rf.functional.add_relu(x, r, scale=w)
     activation = None if op == "bn" else "relu"
     return lambda x, r, w, b, mean, var: rf.functional.batch_norm_act(
         x, w, b, mean, var, residual=r, training=True, activation=activation
@@ -76,7 +80,11 @@ class Case:
         self.weight = (random(channels) * 0.2 + 1).requires_grad_()
         self.bias = (random(channels) * 0.2).requires_grad_()
         self.wanted = {"x": self.x, "residual": self.residual}
-        if layer.op != "add_relu":
+        if layer.op == "gated_add_relu":
+            gate = random(layer.shape[0], channels, 1, 1).sigmoid().to(dtype)
+            self.weight = gate.requires_grad_()
+            self.wanted |= {"weight": self.weight}
+        elif layer.op != "add_relu":
             self.wanted |= {"weight": self.weight, "bias": self.bias}
         self.wanted = {name: t for name, t in self.wanted.items() if t is not None}
 
@@ -87,7 +95,7 @@ class Case:
         grads = torch.autograd.grad(y, tuple(self.wanted.values()), self.grad)
         named = {f"gradient of {name}": g for name, g in zip(self.wanted, grads, strict=True)}
         out = {"output": y.detach(), **named}
-        return out if self.op == "add_relu" else {**out, "mean": mean, "variance": var}
+        return {**out, "mean": mean, "variance": var} if "bn" in self.op else out
 
     def call(self, forward: Forward) -> Callable[[], None]:
         mean, var = torch.zeros_like(self.bias), torch.ones_like(self.bias)
@@ -190,6 +198,7 @@ TOTALS = (
     ("resnet50 bn_add_relu", ("bn_add_relu",)),
     ("resnet50 bn_relu", ("bn_relu",)),
     ("resnet50 add_relu", ("add_relu",)),
+    ("resnet50 gated_add_relu", ("gated_add_relu",)),
 )
 
 
@@ -218,7 +227,8 @@ def run_ops(job: Job, emit: Emit, progress: Progress) -> None:
     """Measure every layer x dtype x layout of ``job`` and emit its rows."""
     copy = CopyMeter(job.quick)
     layers = resnet50_layers(2, 32) if job.quick else resnet50_layers(job.batch)
-    layers = (layers + add_relu_layers(layers))[:: 4 if job.quick else 1]
+    joins = add_relu_layers(layers) + add_relu_layers(layers, "gated_add_relu")
+    layers = (layers + joins)[:: 4 if job.quick else 1]
     plan = [(dtype, layout) for dtype in job.dtypes for layout in MEMORY_FORMATS]
     done = 0
     for dtype_name, layout in plan:

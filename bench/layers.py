@@ -15,6 +15,10 @@ bn_add_relu, ours     forward: read x | read x, r, write y, mask                
 bn_add_relu, eager    as bn_relu, and the add in place (3ns; no backward)        16ns
 add_relu, ours        read x, r, write y, mask | read g, mask, write dx          5ns + n/4
 add_relu, eager       read x, r, write y | ReLU in place | read g, y, write dx   8ns
+gated_add_relu, ours  read x, r, write y, mask | read g, x, mask, write dx, dr   7ns + n/4
+gated_add_relu,       read x, write z | read z, r, write z | ReLU in place       16ns
+eager                 read g, y, write dr | read dr, write dx |
+                      read dr, x, write their product | read it
 ====================  =========================================================  ===============
 
 These are the least each scheme can do, so a share of copy bandwidth computed from them is a lower
@@ -31,7 +35,7 @@ from torch import nn
 
 import resnet_fast as rf
 
-OPS = ("bn", "bn_relu", "bn_add_relu", "add_relu")
+OPS = ("bn", "bn_relu", "bn_add_relu", "add_relu", "gated_add_relu")
 
 
 class Layer(NamedTuple):
@@ -58,8 +62,10 @@ def bytes_moved(op: str, numel: int, itemsize: int, scheme: str) -> int:
         ("bn_add_relu", "eager"): 16,
         ("add_relu", "ours"): 5,
         ("add_relu", "eager"): 8,
+        ("gated_add_relu", "ours"): 7,
+        ("gated_add_relu", "eager"): 16,
     }[op, scheme]
-    has_mask = scheme == "ours" and op in ("bn_add_relu", "add_relu")
+    has_mask = scheme == "ours" and op.endswith("add_relu")
     return words * numel * itemsize + (numel // 4 if has_mask else 0)
 
 
@@ -94,8 +100,10 @@ def resnet50_layers(batch: int, size: int = 224) -> list[Layer]:
     return [Layer(op, shape, count) for (op, shape), count in shapes.items()]
 
 
-def add_relu_layers(layers: list[Layer]) -> list[Layer]:
-    """The residual joins as ``add_relu`` alone, as a network without batch norm there has them."""
-    return [
-        Layer("add_relu", layer.shape, layer.count) for layer in layers if layer.op == "bn_add_relu"
-    ]
+def add_relu_layers(layers: list[Layer], op: str = "add_relu") -> list[Layer]:
+    """The residual joins as ``add_relu`` alone, as a network without batch norm there has them.
+
+    op: or as "gated_add_relu", as they are behind channel attention (SE-ResNet-50, ECA-ResNet-50),
+    whose gate multiplies each image and channel.
+    """
+    return [Layer(op, layer.shape, layer.count) for layer in layers if layer.op == "bn_add_relu"]

@@ -19,6 +19,28 @@ def add_relu(x: Tensor, residual: Tensor) -> None:
         broadcast(x, residual)
 
 
+def factor(scale: object) -> float:
+    """A scale that is not a tensor, as a number."""
+    if isinstance(scale, (float, int)) and not isinstance(scale, bool):
+        return float(scale)
+    raise TypeError(f"scale must be a tensor, a float or None; got {type(scale).__name__}")
+
+
+def scale(scale: Tensor | None, x: Tensor) -> None:
+    """That a scale is of x's images and channels."""
+    if scale is None:
+        return
+    if not scale.is_floating_point():
+        raise TypeError(f"scale must be of a floating dtype; got {scale.dtype}")
+    if scale.device != x.device:
+        raise ValueError(f"scale must be on x's device {x.device}; got {scale.device}")
+    if x.dim() < 2 or scale.shape not in (x.shape[:2], (*x.shape[:2], *[1] * (x.dim() - 2))):
+        wanted = f"{tuple(x.shape[:2])}, one value for each image and channel of x"
+        raise ValueError(
+            f"scale must have shape {wanted}, or ones after it; got {tuple(scale.shape)}"
+        )
+
+
 def broadcast(x: Tensor, residual: Tensor) -> None:
     try:
         torch.broadcast_shapes(x.shape, residual.shape)

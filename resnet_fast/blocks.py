@@ -4,8 +4,8 @@
 Each takes a block with its ordinary submodules (conv1, bn1, relu, ...) and does what the plain
 forward does, with BatchNorm, the residual sum and ReLU as one op. Convolutions are called as
 modules unless they are plain ones, so whatever is in their place works. Batch norms and ReLUs are
-stood in for only while that cannot be noticed (_ready.py); otherwise this block alone runs its
-plain forward, `original`, and the reason is recorded.
+stood in for only while that cannot be noticed (_ready.py); otherwise they are called, the reason is
+recorded, and where no part of a block can be fused it runs its plain forward, `original`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from resnet_fast._max_pool import max_pool
 from resnet_fast._ready import (
     block_ready,
     fell_back,
+    legacy_hook,
     plain_context,
     plain_conv,
     plain_max_pool,
@@ -33,6 +34,7 @@ from resnet_fast._ready import (
     why_not_norm,
 )
 from resnet_fast.convolution import conv2d
+from resnet_fast.gates import fits, scale_of
 from resnet_fast.norms import fusable, fused, why_not_fused
 
 STEM = ("bn1",)
@@ -113,25 +115,35 @@ def gated_join(
 ) -> Tensor:
     """act(gates(bn(out)) + shortcut of x); gates: attention, stochastic depth, run in order.
 
-    With a gate the norm is one op, and the sum with ReLU another.
+    With a gate the norm is one op, and the sum with ReLU another, which takes the product of the
+    last gate in where that is all it does.
     """
     relu = plain_module(act, nn.ReLU)
     if not gates and relu:
         return _join(block, bn, act, out, x)
     out = bn_act(bn, out, activation=None)
+    scale = None
     for gate in gates:
-        out = gate(out)
+        scale = scale_of(gate, out) if relu and gate is gates[-1] else None
+        if scale is None:
+            out = gate(out)
+        elif not fits(scale, out):
+            out, scale = out * scale, None
     identity = shortcut(block.downsample, x)
     # NOTE: a hook on the last gate may have kept its output, which the plain forward adds into.
     hooked = any(gate._forward_hooks or gate._backward_hooks for gate in gates)
     if relu and not hooked and not why_not_add(out, identity):
-        return functional.add_relu(out, identity)
+        return functional.add_relu(out, identity, scale=scale)
+    out = out if scale is None else out * scale
     out += identity
     return cast(Tensor, act(out))
 
 
 def _join(block: Any, bn: nn.Module, relu: nn.Module, out: Tensor, x: Tensor) -> Tensor:
     """relu(bn(out) + shortcut of x)."""
+    if not (plain_norm(bn) and plain_module(relu, nn.ReLU)):
+        fell_back("batch_norm_act", out, why_not_fused(bn, out, relu))
+        return _join_in_steps(block, bn, relu, out, x)
     downsample: nn.Module | None = block.downsample
     if downsample is not None and _shares_state(downsample, bn):
         fell_back("batch_norm_act", out, "downsample holds the statistics of the block's last norm")
@@ -145,6 +157,47 @@ def _join(block: Any, bn: nn.Module, relu: nn.Module, out: Tensor, x: Tensor) ->
     out = bn(out)
     out += identity  # in place, as the plain forward: it decides the dtype and what may broadcast
     return cast(Tensor, relu(out))
+
+
+def _norm_in_steps(bn: nn.Module, x: Tensor) -> Tensor:
+    """bn(x): the fused op, or bn called where that can be noticed, which was recorded before."""
+    state = fusable(bn, x)
+    return cast(Tensor, bn(x)) if state is None else fused(bn, state, x, None, None)
+
+
+def _join_in_steps(block: Any, bn: nn.Module, act: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    """act(bn(out) + shortcut of x) in the order of the plain forward, where bn or act is hooked."""
+    out = _norm_in_steps(bn, out)
+    # In place, as the plain forward: a hook on bn or act may have kept what it was shown.
+    out += shortcut(block.downsample, x)
+    return cast(Tensor, act(out))
+
+
+def _in_steps(block: Any, norms: tuple[str, ...], x: Tensor) -> Tensor:
+    """The forward of a block of which a norm or the ReLU is not plain: the others stay fused."""
+    act, out = block.relu, x
+    *before, last = norms
+    for i, name in enumerate(before, 1):
+        out = convolve(getattr(block, f"conv{i}"), out)
+        bn = getattr(block, name)
+        state = fusable(bn, out) if plain_module(act, nn.ReLU) else None
+        if state is not None:
+            out = fused(bn, state, out, None, "relu")
+        else:
+            out = act(_norm_in_steps(bn, out))
+    out = convolve(getattr(block, f"conv{len(norms)}"), out)
+    bn = getattr(block, last)
+    plain = plain_norm(bn) and plain_module(act, nn.ReLU)
+    return (_join if plain else _join_in_steps)(block, bn, act, out, x)
+
+
+def _has_parts(block: nn.Module, norms: tuple[str, ...], x: object) -> bool:
+    """True if a block that is not ready as a whole may be fused in part."""
+    return (
+        plain_context(x)
+        and not legacy_hook(block)
+        and all(isinstance(getattr(block, name, None), nn.Module) for name in (*norms, "relu"))
+    )
 
 
 def fused_join(bn: nn.Module, relu: nn.Module, out: Tensor, identity: Tensor) -> Tensor | None:
@@ -213,10 +266,11 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
     """The forward of He et al.'s two-conv block (torchvision's BasicBlock) on x (N, C, H, W).
 
     block: a module with conv1, bn1, relu, conv2, bn2 and downsample (a module or None). original:
-    its plain forward, which runs instead where fusing could be noticed.
+    its plain forward, which runs instead where fusing could be noticed. Where only a norm or the
+    ReLU is hooked or of another kind, that is called, and the rest stays fused.
     """
     if not block_ready(block, BASIC, x):
-        return original(x)
+        return _in_steps(block, BASIC, x) if _has_parts(block, BASIC, x) else original(x)
     bn1, bn2, relu = block.bn1, block.bn2, block.relu
     out = norm_relu(bn1, relu, convolve(block.conv1, x))
     out = convolve(block.conv2, out)  # by this name, so that the activation before can be freed
@@ -226,7 +280,7 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
 def bottleneck(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
     """The forward of the three-conv block (torchvision's Bottleneck); see basic_block."""
     if not block_ready(block, BOTTLENECK, x):
-        return original(x)
+        return _in_steps(block, BOTTLENECK, x) if _has_parts(block, BOTTLENECK, x) else original(x)
     bn1, bn2, bn3, relu = block.bn1, block.bn2, block.bn3, block.relu
     out = norm_relu(bn1, relu, convolve(block.conv1, x))
     out = norm_relu(bn2, relu, convolve(block.conv2, out))
@@ -264,7 +318,8 @@ def stem(model: Any, x: Tensor, norms: tuple[str, ...] = STEM) -> Tensor:
     """
     bn, relu = getattr(model, norms[0]), model.relu
     if not block_ready(model, norms, x):
-        return cast(Tensor, relu(bn(x)))
+        fuse_norm = _has_parts(model, norms, x)  # where it is the ReLU that is called
+        return cast(Tensor, relu(_norm_in_steps(bn, x) if fuse_norm else bn(x)))
     return norm_relu(bn, relu, x)
 
 

@@ -20,7 +20,8 @@ def accelerate(model: Model) -> Model:
     forward alone, and what register_adapter() made known, anywhere in the tree of modules. Only the
     class of each changes, to a subclass of the one it had: modules, parameters, buffers, hooks and
     state_dict stay the very same objects. What is not known stays as it is, and explain() says why;
-    our own models need nothing. A second call changes nothing more. restore() undoes it.
+    our own models need nothing. Of a graph that torch.fx traced (create_feature_extractor) only the
+    code made from its nodes changes. A second call changes nothing more. restore() undoes it.
 
     Raises TypeError if model is not an nn.Module.
     """
@@ -29,13 +30,16 @@ def accelerate(model: Model) -> Model:
     for module in model.modules():
         if not adapters.why_not(module):
             _change_class(module, adapters.accelerated_class(type(module)))
+    for module in model.modules():
+        graphs.fuse_code(module)
     return model
 
 
 def restore(model: Model) -> Model:
     """Give every accelerated module in a model the class it had; returns the same model.
 
-    A graph that torch.fx traced from an accelerated model gets PyTorch's code back.
+    A graph of torch.fx, traced from an accelerated model or accelerated itself, gets PyTorch's code
+    back.
 
     Raises TypeError if model is not an nn.Module, and RuntimeError, before anything changes, if a
     module was put into yet another class after accelerate() (as FSDP's fully_shard does).

@@ -119,6 +119,20 @@ def choose(op: str, x: Tensor, same: Tensor | None, *channel: Tensor | None) -> 
     return impl
 
 
+def choose_cpu(op: str, x: Tensor, same: Tensor, other: Tensor | None, why: str = "") -> str:
+    """choose() for an op that has kernels for the CPU alone.
+
+    other: one more tensor of x's dtype, or None. why: what else speaks against them, or "".
+    """
+    device = x.device.type
+    reason = why or _why_not(x, same, (other,))
+    if not reason and _fast[device] != "cpu":
+        reason = f"no {_fast[device]} kernel for {op} yet"
+    impl = "reference" if reason else "cpu"
+    note(op, impl, reason)
+    return impl
+
+
 def at_once(x: Tensor, same: Tensor | None, channel: tuple[Tensor | None, ...] = ()) -> bool:
     """True for the common call, which choose() would give to the CPU kernels.
 

@@ -115,6 +115,13 @@ def _norms(cls: type[nn.Module]) -> tuple[str, ...]:
     return getattr(cls, "_resnet_fast_norms", ())
 
 
+def _method(module: nn.Module) -> str:
+    """The name of the method that a unit runs fused."""
+    original = adapters.original_class(module)
+    adapter = None if original is None else adapters.adapter_of(original)
+    return "forward" if adapter is None else adapter.method
+
+
 def _static_row(name: str, module: nn.Module) -> Row:
     why = ""
     if isinstance(module, ConvBNAct2d):
@@ -181,6 +188,12 @@ def _run(
         block = type(units[name]).__name__ if name in units else type(model).__name__
         op = "block" if event.op == block else event.op
         rows.append(Row(name, block, op, event.impl, event.reason, calls))
+    for name in seen & units.keys() - {name for name, _ in counts}:
+        # A forward of its own that does not come to the method which runs the norms fused.
+        if _norms(type(units[name])):
+            block, method = type(units[name]).__name__, _method(units[name])
+            why = f"its forward does not run {method}, which is what is fused"
+            rows.append(Row(name, block, "block", "reference", why, 1))
     for name in units.keys() - seen:
         rows.append(Row(name, type(units[name]).__name__, "block", NOT_RUN, "", 0))
     return rows

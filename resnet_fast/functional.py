@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from resnet_fast import _checks, _plain, dispatch, reference
+from resnet_fast import _checks, _plain, dispatch, reference, scaled
 from resnet_fast._autograd import differentiable_backward, straight
 from resnet_fast._reuse import may_overwrite
 from resnet_fast.convolution import conv2d
@@ -37,14 +37,21 @@ _batch_norm_act_backward_ = _ops.batch_norm_act_backward_.default
 
 
 # ---- add_relu ------------------------------------------------------------------------------------
-def add_relu(x: Tensor, residual: Tensor) -> Tensor:
-    """relu(x + residual), bitwise what PyTorch computes, in one pass.
+def add_relu(x: Tensor, residual: Tensor, *, scale: Tensor | float | None = None) -> Tensor:
+    """relu(x + residual), or relu(x * scale + residual), in one pass, with PyTorch's very bits.
 
     x, residual: tensors of any floating dtype; the same shape, dtype and device for the fast path
     (otherwise they are broadcast and promoted as PyTorch does). Returns a new tensor in x's layout.
     For the backward one bit an element is kept. Raises TypeError if either is not a tensor and
     ValueError if the shapes do not broadcast.
+
+    scale: a number, or a gate (channel attention, stochastic depth): a tensor (N, C) or (N, C, 1,
+    ...) of x's dtype for x (N, C, *); expand a scalar or (1, C) parameter to that shape. If it
+    needs a gradient, x and scale are kept, too. Raises TypeError for a scale of another type, and
+    ValueError for one of another shape or device.
     """
+    if scale is not None:
+        return scaled.add_relu(x, residual, scale)
     if at_once := dispatch.at_once(x, residual):
         dispatch.took("add_relu")
     else:

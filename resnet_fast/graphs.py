@@ -5,7 +5,8 @@ A tracer (torchvision's and timm's create_feature_extractor, symbolic_trace) is 
 modules, so every node has the name and the value it has without us, and passes over the graph find
 what they look for. Which of them are read by nobody but the next is known only once the graph is
 done: a node that is asked for has a second user. So it is the code generator of the graph that
-fuses, each time PyTorch compiles the graph, and the functions here ask again at each call.
+fuses, each time PyTorch compiles the graph, and the functions here ask again at each call. A graph
+that was traced from a plain model gets the same code generator when it is accelerated.
 """
 
 from __future__ import annotations
@@ -87,17 +88,34 @@ def traced(x: fx.Proxy) -> None:
         cast(fx.Graph, graph).set_codegen(FusedCode(root))
 
 
+def fuse_code(module: nn.Module) -> None:
+    """Have the graphs of a GraphModule compiled with fused ops, if there is anything to fuse.
+
+    Other modules stay, and so do graphs with a code generator of their own.
+    """
+    graphs = [g for g in _graphs(module) if type(g._codegen) is CodeGen]
+    changed = [g for g in graphs if FusedCode(module).finds_work(g)]
+    for graph in changed:
+        graph.set_codegen(FusedCode(module))
+    if changed:
+        cast(fx.GraphModule, module).recompile()
+
+
 def restore_code(module: nn.Module) -> None:
     """Have the graphs of a GraphModule compiled as PyTorch does it; other modules stay."""
-    if not isinstance(module, fx.GraphModule):
-        return
-    # torchvision's has two besides the one in use: for training and for evaluation.
-    graphs = [g for g in vars(module).values() if isinstance(g, fx.Graph)]
-    changed = [g for g in graphs if isinstance(g._codegen, FusedCode)]
+    changed = [g for g in _graphs(module) if isinstance(g._codegen, FusedCode)]
     for graph in changed:
         graph.set_codegen(CodeGen())
     if changed:
-        module.recompile()
+        cast(fx.GraphModule, module).recompile()
+
+
+def _graphs(module: nn.Module) -> list[fx.Graph]:
+    """The graphs of a GraphModule; none of other modules."""
+    if not isinstance(module, fx.GraphModule):
+        return []
+    # torchvision's has two besides the one in use: for training and for evaluation.
+    return list({id(g): g for g in vars(module).values() if isinstance(g, fx.Graph)}.values())
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -123,6 +141,11 @@ class FusedCode(CodeGen):
             if (type(m) is nn.BatchNorm2d or plain_norm(m)) and means.count(id(_mean(m))) < 2
         )
         self.relus = frozenset(name for name, m in named.items() if isinstance(m, nn.ReLU))
+
+    def finds_work(self, graph: fx.Graph) -> bool:
+        """True if the code of a graph would differ from PyTorch's."""
+        norms = any(_calls_one_of(node, self.norms) for node in graph.nodes)
+        return norms or bool(_Fusion(self.norms, self.relus, graph.nodes).calls)
 
     def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("record_func"):  # the profiler counts the lines of the graph

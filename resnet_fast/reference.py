@@ -19,6 +19,13 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     return F.relu(x + residual)
 
 
+def scaled_add_relu(x: Tensor, residual: Tensor, scale: Tensor | float) -> Tensor:
+    """relu(x * scale + residual), scale (N, C, ...) or a number. See functional.add_relu."""
+    if isinstance(scale, Tensor) and scale.dim() != x.dim():
+        scale = scale.reshape(*scale.shape, *[1] * (x.dim() - scale.dim()))
+    return F.relu(x * scale + residual)
+
+
 def batch_norm_act(
     x: Tensor,
     weight: Tensor | None,

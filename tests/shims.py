@@ -9,6 +9,7 @@ the two schemas is enough. Where torchvision imports as it is, nothing is define
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -19,7 +20,26 @@ _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
+# What segmentation_models_pytorch imports for its downloads.
+_DOWNLOADS = {
+    "tqdm": ("tqdm",),
+    "safetensors": (),
+    "safetensors.torch": ("load_file",),
+    "huggingface_hub": ("PyTorchModelHubMixin", "ModelCard", "ModelCardData", "hf_hub_download"),
+}
 _libraries: list[torch.library.Library] = []  # a Library undoes its definitions when it is freed
+
+
+class _Absent:
+    """A class of a package that is not installed, to be derived from and not used."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Absent:
+        return super().__new__(cls)
+
+    def _absent(self) -> None:
+        raise NotImplementedError
+
+    save_pretrained = from_pretrained = push_to_hub = _absent
 
 
 def import_torchvision() -> ModuleType:
@@ -50,6 +70,33 @@ def torchvision_or_skip() -> ModuleType:
         return import_torchvision()
     except ImportError as error:
         pytest.skip(f"torchvision is not installed: {error}", allow_module_level=True)
+
+
+def import_segmentation_models() -> ModuleType:
+    """segmentation_models_pytorch. Raises ImportError where it, timm or torchvision is missing.
+
+    What it asks of other packages at its import is needed for downloads alone: where one of them
+    is not installed, names without a content stand in for it.
+    """
+    import_timm()
+    made = [name for name in _DOWNLOADS if importlib.util.find_spec(name.split(".")[0]) is None]
+    for name in made:
+        sys.modules[name] = module = ModuleType(name)
+        vars(module).update({a: type(a, (_Absent,), {}) for a in _DOWNLOADS[name]})
+    try:
+        return importlib.import_module("segmentation_models_pytorch")
+    finally:
+        for name in made:  # nobody else shall take them for the packages
+            del sys.modules[name]
+
+
+def segmentation_models_or_skip() -> ModuleType:
+    """segmentation_models_pytorch; where it is not installed the calling module is skipped."""
+    try:
+        return import_segmentation_models()
+    except ImportError as error:
+        why = f"segmentation_models_pytorch is not installed: {error}"
+        pytest.skip(why, allow_module_level=True)
 
 
 def timm_or_skip() -> ModuleType:

@@ -105,18 +105,23 @@ def test_layers_are_resnet50s() -> None:
     found = layers.resnet50_layers(16)
     assert sum(layer.count for layer in found) == 53
     by_op = {op: sum(x.count for x in found if x.op == op) for op in layers.OPS}
-    assert by_op == {"bn": 4, "bn_relu": 33, "bn_add_relu": 16, "add_relu": 0}
+    assert by_op == {"bn": 4, "bn_relu": 33, "bn_add_relu": 16, "add_relu": 0, "gated_add_relu": 0}
     assert found[0] == layers.Layer("bn_relu", (16, 64, 112, 112), 1)
     assert ("bn_add_relu", (16, 2048, 7, 7), 3) in found
     joins = layers.add_relu_layers(found)
     assert [layer.count for layer in joins] == [3, 4, 6, 3]
+    gated = layers.add_relu_layers(found, "gated_add_relu")
+    assert [layer._replace(op="add_relu") for layer in gated] == joins
     # 11.1 million normalised values an image, as published profiles of ResNet-50 have it.
     assert sum(x.numel * x.count for x in found) / 16 == pytest.approx(11.11e6, rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("op", "eager", "ours"),
-    [("bn", 32, 32), ("bn_relu", 52, 32), ("bn_add_relu", 64, 40.25), ("add_relu", 32, 20.25)],
+    [
+        *(("bn", 32, 32), ("bn_relu", 52, 32), ("bn_add_relu", 64, 40.25)),
+        *(("add_relu", 32, 20.25), ("gated_add_relu", 64, 28.25)),
+    ],
 )
 def test_bytes_an_element(op: str, eager: float, ours: float) -> None:
     assert layers.bytes_moved(op, 1000, 4, "eager") == eager * 1000
@@ -129,11 +134,11 @@ def test_bytes_an_element(op: str, eager: float, ours: float) -> None:
 @pytest.mark.parametrize("op", layers.OPS)
 def test_rivals_of_an_op_are_equal(op: str, layout: str, dtype: torch.dtype) -> None:
     case = kernels.Case(layers.Layer(op, (2, 5, 4, 3), 1), dtype, layout)
-    assert list(case.wanted) == [
-        name
-        for name in ("x", "residual", "weight", "bias")
-        if (name != "residual" or "add" in op) and (op != "add_relu" or name in ("x", "residual"))
-    ]
+    assert list(case.wanted) == {
+        "add_relu": ["x", "residual"],
+        "gated_add_relu": ["x", "residual", "weight"],
+        "bn_add_relu": ["x", "residual", "weight", "bias"],
+    }.get(op, ["x", "weight", "bias"])
     assert set(kernels.rivals_of(case, op, False)) == {"eager", "ours"}
 
 

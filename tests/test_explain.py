@@ -86,7 +86,8 @@ def test_blocks_that_fall_back_say_why() -> None:
     assert said("layer4.0") == [("batch_norm_act", "the end of downsample has a forward hook", 1)]
     assert said("layer3.0") == []  # a shortcut with a norm we do not fuse costs nothing
     if rf.is_available():
-        assert explanation.fast_share == pytest.approx(4 / 8)
+        # Nine norms are fused, five of them around what is hooked or of another kind.
+        assert explanation.fast_share == pytest.approx(9 / 13)
 
 
 def test_without_inputs_it_says_what_could_be_fused() -> None:

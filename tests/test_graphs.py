@@ -140,6 +140,56 @@ def test_restore_gives_the_plain_code_back() -> None:
     torch.testing.assert_close(torch.jit.script(fast)(X), plain(X))
 
 
+# ---- traced from a plain model, accelerated afterwards -------------------------------------------
+def test_a_plain_graph_is_accelerated() -> None:
+    plain, _ = pair()
+    fast = copy.deepcopy(plain)
+    graph, code = fast.graph, fast.code
+    assert rf.accelerate(fast) is fast
+    assert fast.graph is graph
+    assert str(graph) == str(plain.graph)
+    assert fast.code.count("norm_add_relu(") == 4
+    assert_same(step(fast, X, 2), step(plain, X, 2))
+    assert reasons(fast, X) == {""}
+    again = fast.code
+    assert rf.accelerate(fast).code == again
+    assert rf.restore(fast).code == code
+    assert not reasons(fast, X)
+    assert [n.name for n in fast.graph.nodes] == [n.name for n in plain.graph.nodes]
+
+
+def test_a_plain_graph_inside_another_module() -> None:
+    plain, _ = pair()
+    outer = nn.Sequential(plain, nn.Linear(10, 4).double())
+    want = outer(X)
+    rf.accelerate(outer)
+    assert graphs.is_fused(outer[0])
+    torch.testing.assert_close(outer(X), want)
+    assert rf.explain(outer, X).rows[0].reason == ""
+
+
+def test_graphs_with_nothing_to_fuse_stay() -> None:
+    net = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+    assert not graphs.is_fused(rf.accelerate(net))
+    exported = torch.export.export(tv.resnet18().eval(), (torch.randn(2, 3, 32, 32),)).module()
+    before = exported.code
+    assert rf.accelerate(exported).code == before
+
+
+def test_a_plain_graph_with_hooks_and_replaced_modules() -> None:
+    """What is asked at each call of a graph traced from an accelerated model is asked here, too."""
+    plain, _ = pair()
+    models = plain, rf.accelerate(copy.deepcopy(plain))
+    seen: list[list[Tensor]] = [[], []]
+    for model, log in zip(models, seen, strict=True):
+        model.get_submodule("layer1.0").bn1 = nn.GroupNorm(4, 64).double()
+        model.get_submodule("layer2.0.bn2").register_forward_hook(
+            lambda _, __, y, log=log: log.append(y.detach().clone())
+        )
+    assert_same(step(models[1], X), step(models[0], X))
+    torch.testing.assert_close(seen[1], seen[0])
+
+
 def test_a_code_generator_of_its_own_is_left_alone() -> None:
     class Own(fx.graph.CodeGen):
         pass
@@ -152,3 +202,5 @@ def test_a_code_generator_of_its_own_is_left_alone() -> None:
 
     model = rf.accelerate(tv.ResNet(tv.BasicBlock, [1, 1, 1, 1]))
     assert type(Tracer().trace(model)._codegen) is Own
+    net = rf.accelerate(fx.GraphModule(model, Tracer().trace(rf.restore(model))))
+    assert type(rf.restore(net).graph._codegen) is Own

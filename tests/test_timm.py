@@ -137,6 +137,122 @@ def test_stochastic_depth_drop_block_and_other_parts() -> None:
     check(nothing, "GroupNorm", "resnet18", norm_layer="groupnorm")
 
 
+# ---- products before the sum ---------------------------------------------------------------------
+def joins(model: Any, x: torch.Tensor = X) -> dict[str, int]:
+    """How many sums a forward runs as each op, where all of it is fast."""
+    with dispatch.recording() as events:
+        model(x)
+    assert not rf.is_available() or all(event.impl != "reference" for event in events)
+    ops = [event.op for event in events if "add_relu" in event.op]
+    return {op: ops.count(op) for op in set(ops)}
+
+
+GATES = {
+    "se": "se",
+    "se with max-pooling": {"attn_layer": "se", "attn_kwargs": {"add_maxpool": True}},
+    "ese": "ese",
+    "eca": "eca",
+    "eca with two convolutions": {"attn_layer": "eca", "attn_kwargs": {"use_mlp": True}},
+    "ceca": "ceca",
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", ["resnet18", "resnet26"])
+def test_channel_attention_is_one_op_with_the_sum(gate: str, name: str) -> None:
+    kwargs = GATES[gate]
+    if isinstance(kwargs, str):
+        kwargs = {"attn_layer": kwargs}
+    if "attn_kwargs" in kwargs:
+        from timm.layers import create_attn
+
+        own, attn = kwargs["attn_kwargs"], kwargs["attn_layer"]
+        kwargs = {"attn_layer": lambda channels, **dd: create_attn(attn, channels, **own, **dd)}
+    theirs = make(name, block_args=kwargs)
+    ours = rf.accelerate(twin(theirs))
+    assert not reasons(lambda: assert_same(step(ours, X), step(theirs, X), rtol=1e-7))
+    for mode in (True, False):
+        assert joins(ours.train(mode)) == {"scaled_add_relu": 8}
+
+
+def test_stochastic_depth_is_one_op_with_the_sum() -> None:
+    """The same images are dropped as by timm; in eval mode nothing lies between norm and sum."""
+    theirs = make("resnet18", drop_path_rate=0.5)
+    ours = rf.accelerate(twin(theirs))
+    results = []
+    for model in (theirs, ours):
+        torch.manual_seed(7)
+        results.append(step(model, X) | {"next": torch.rand(3)})
+    assert_same(results[1], results[0], rtol=1e-7)
+    assert joins(ours) == {"scaled_add_relu": 7}  # the first block's rate is 0
+    assert not joins(ours.eval())
+    both = rf.accelerate(make("resnet18", drop_path_rate=0.5, block_args={"attn_layer": "se"}))
+    assert joins(both.eval()) == {"scaled_add_relu": 8}
+
+
+@pytest.mark.parametrize("part", ["se.fc1", "se.act", "se.fc2", "se.gate"])
+def test_hooks_inside_attention(part: str) -> None:
+    """They see what they see in timm, while the product is fused."""
+
+    def change(block: Any, log: Log) -> None:
+        m = block.get_submodule(part)
+        m.register_forward_hook(lambda _, args, out: log.add(part, args[0], out))
+        m.register_forward_hook(lambda _, args, out: out * 0.75)
+
+    check(change, None)
+    check(change, None, drop_path_rate=0.3)
+
+
+def changed_gate(block: Any, how: str) -> None:
+    from timm.layers.squeeze_excite import SEModule
+
+    class Half(SEModule):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0.5 * super().forward(x)
+
+    class Blind(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, :1].sigmoid()
+
+    if how == "subclass":
+        block.se.__class__ = Half
+    elif how == "pre-hook":
+        block.se.register_forward_pre_hook(lambda _, args: args[0] * 0.5)
+    elif how == "forward of the object":
+        block.se.forward = lambda x: x * 0.25
+    else:  # one value for all channels: the product alone is PyTorch's
+        block.se.gate = Blind()
+
+
+@pytest.mark.parametrize(
+    "how", ["subclass", "pre-hook", "forward of the object", "a gate of another shape"]
+)
+def test_attention_that_is_not_plain_is_called(how: str) -> None:
+    check(lambda block, _: changed_gate(block, how), None)
+    model = rf.accelerate(make("seresnet18"))
+    changed_gate(model.layer2[0], how)
+    assert joins(model) == {"scaled_add_relu": 7, "add_relu": 1}
+
+
+def test_a_replaced_forward_of_attention_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.layers.squeeze_excite import SEModule
+
+    model = rf.accelerate(make("seresnet18"))
+    monkeypatch.setattr(SEModule, "forward", lambda self, x: 2 * x)
+    assert joins(model) == {"add_relu": 8}
+
+
+def test_attention_under_autocast_and_another_activation() -> None:
+    theirs = make("seresnet18").float()
+    ours, theirs = rf.accelerate(twin(theirs)).eval(), theirs.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert joins(ours, X.float()) == {"scaled_add_relu": 8}
+        a, b = ours(X.float()), theirs(X.float())
+    torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+    silu = rf.accelerate(make("seresnet18", act_layer="silu"))
+    assert not joins(silu)
+
+
 def test_frozen_norms_of_timm() -> None:
     from timm.utils.model import freeze_batch_norm_2d
 
@@ -154,9 +270,28 @@ def test_features_checkpointing_and_new_heads() -> None:
     assert not reasons(lambda: assert_same(step(ours, X), step(theirs, X), rtol=1e-8))
     for a, b in zip(ours.forward_intermediates(X)[1], theirs.forward_intermediates(X)[1], strict=1):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
-    maps = make("resnet18", features_only=True)
-    for a, b in zip(rf.accelerate(twin(maps))(X), maps(X), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("indices", [(0, 1, 2, 3, 4), (2, 4)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_only(indices: tuple[int, ...], checkpointing: bool) -> None:
+    """The norm of the stem, too, but where checkpoints lie between the getter's children."""
+    theirs = make("resnet18", features_only=True, out_indices=indices)
+    ours = rf.accelerate(twin(theirs))
+    results = []
+    for model in (theirs, ours):
+        model.set_grad_checkpointing(checkpointing)
+        with dispatch.recording() as events:
+            maps = model(X)
+        sum(y.square().mean() for y in maps).backward()
+        named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append({str(i): y.detach() for i, y in enumerate(maps)} | named)
+    assert_same(results[1], results[0], rtol=1e-7)
+    if rf.is_available():
+        norms = sum(isinstance(m, _BatchNorm) for m in theirs.modules())
+        fused = sum(e.op == "batch_norm_act" and e.impl != "reference" for e in events)
+        assert fused == norms - checkpointing
+    assert [type(m) for m in rf.restore(ours).modules()] == [type(m) for m in theirs.modules()]
 
 
 def test_copies_and_pickles() -> None:

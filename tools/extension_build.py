@@ -36,6 +36,7 @@ CPU_KERNELS = (
     "conv_winograd",
     "conv_winograd_pack",
     "conv_winograd_weight",
+    "scaled_add_relu",
     "table",
 )
 LAUNCHERS = ("add_relu", "bn_apply", "bn_backward", "bn_fused", "bn_stats")
@@ -56,6 +57,7 @@ TORCH_SOURCES = (
     "cpu/batch_norm_act",
     "cpu/batch_norm_phases",
     "cpu/conv",
+    "cpu/scaled_add_relu",
     "cpu/register",
 )
 

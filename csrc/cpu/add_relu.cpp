@@ -20,26 +20,15 @@ struct AddRelu {
   bool streamed;
 
   RF_INLINE void whole(int64_t i, const NoCoefficients&) const {
-    const auto r = rounded(load(x + i) + load(residual + i));
+    // The sum as the dtype holds it: the mask is of the value that is stored.
+    const auto r = rounded<T>(load(x + i) + load(residual + i));
     put(y + i, relu(r), streamed);
     if (mask) mask[i / kLanes] = above(r, Accumulate<T>(0));
   }
   RF_INLINE void part(int64_t i, int lo, int hi, const NoCoefficients&) const {
-    const auto r = rounded(load_part(x + i, lo, hi) + load_part(residual + i, lo, hi));
+    const auto r = rounded<T>(load_part(x + i, lo, hi) + load_part(residual + i, lo, hi));
     store_part(y + i, relu(r), lo, hi);
     if (mask) store_mask_part(mask + i / kLanes, above(r, Accumulate<T>(0)), lo, hi);
-  }
-
- private:
-  // The sum as the dtype holds it: the mask is of the value that is stored.
-  RF_INLINE Pack<Accumulate<T>> rounded(const Pack<Accumulate<T>>& sum) const {
-    if constexpr (sizeof(T) >= 4) {
-      return sum;
-    } else {
-      T lanes[kLanes];
-      store(lanes, sum);
-      return load(lanes);
-    }
   }
 };
 

@@ -140,6 +140,18 @@ RF_INLINE void store(Half* p, const Pack<float>& a) {
   std::memcpy(p, &w, sizeof w);
 }
 
+// The values as the dtype holds them.
+template <class T>
+RF_INLINE Pack<Accumulate<T>> rounded(const Pack<Accumulate<T>>& a) {
+  if constexpr (sizeof(T) >= 4) {
+    return a;
+  } else {
+    T lanes[kLanes];
+    store(lanes, a);
+    return load(lanes);
+  }
+}
+
 // Past the cache, for outputs larger than it; p must lie on a multiple of the vector's size.
 template <class Vector>
 RF_INLINE void stream_vector(void* p, const Vector& v) {
@@ -211,6 +223,27 @@ RF_INLINE Pack<float> load_part(const float* p, int lo, int hi) {
 
 RF_INLINE void store_part(float* p, const Pack<float>& a, int lo, int hi) {
   _mm512_mask_storeu_ps(p, lane_bits(lo, hi), a.v[0]);
+}
+#endif
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+RF_INLINE Pack<float> load_part(const Half* p, int lo, int hi) {
+  Pack<float> r;
+  r.v[0] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_bits(lo, hi), p));
+  return r;
+}
+
+RF_INLINE Pack<float> load_part(const BFloat16* p, int lo, int hi) {
+  const __m256i words = _mm256_maskz_loadu_epi16(lane_bits(lo, hi), p);
+  return as_floats((Bits)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+RF_INLINE void store_part(Half* p, const Pack<float>& a, int lo, int hi) {
+  _mm256_mask_storeu_epi16(p, lane_bits(lo, hi), (__m256i)narrow_half(a));
+}
+
+RF_INLINE void store_part(BFloat16* p, const Pack<float>& a, int lo, int hi) {
+  _mm256_mask_storeu_epi16(p, lane_bits(lo, hi), (__m256i)narrow_bfloat16(a));
 }
 #endif
 

@@ -50,6 +50,41 @@ struct MaskedGradParams {
   bool stream;
 };
 
+// One scale for each image and channel, (images, channels) in the accumulation type, and the order
+// of the elements they belong to. One scale for all: images and channels are 1, pixels is numel.
+struct ScaleParams {
+  const void* scale;
+  int64_t images;
+  int64_t channels;
+  int64_t pixels;
+  bool channels_last;
+};
+
+// y = relu(x * scale + residual); mask may be null.
+struct ScaledAddReluParams {
+  const void* x;
+  const void* residual;
+  void* y;
+  uint16_t* mask;
+  ScaleParams scale;
+  DType dtype;
+  bool stream;
+};
+
+// dresidual = grad where the mask's bit is set, else 0; dx = dresidual * scale; dscale: the sum of
+// dresidual * x over each image and channel. Each may be null, x where dscale is.
+struct ScaledAddReluGradParams {
+  const void* grad;
+  const void* x;
+  const uint16_t* mask;
+  void* dx;
+  void* dresidual;
+  double* dscale;
+  ScaleParams scale;
+  DType dtype;
+  bool stream;
+};
+
 // Per channel, in double: mean and sum of squared deviations from it.
 struct BnStatsParams {
   const void* x;
@@ -144,6 +179,8 @@ struct FilterParams {
 struct KernelTable {
   void (*add_relu)(const AddReluParams&, const Parallel&);
   void (*masked_grad)(const MaskedGradParams&, const Parallel&);
+  void (*scaled_add_relu)(const ScaledAddReluParams&, const Parallel&);
+  void (*scaled_add_relu_grad)(const ScaledAddReluGradParams&, const Parallel&);
   void (*bn_stats)(const BnStatsParams&, const Parallel&);
   void (*bn_apply)(const BnApplyParams&, const Parallel&);
   void (*bn_reduce)(const BnReduceParams&, const Parallel&);

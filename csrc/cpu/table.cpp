@@ -4,8 +4,17 @@
 namespace resnet_fast::cpu::RF_ISA {
 
 extern const KernelTable kTable;
-const KernelTable kTable = {
-    add_relu,           masked_grad,          bn_stats, bn_apply, bn_reduce, bn_grad, conv_winograd,
-    conv_winograd_pack, conv_winograd_weight, conv_stem};
+const KernelTable kTable = {add_relu,
+                            masked_grad,
+                            scaled_add_relu,
+                            scaled_add_relu_grad,
+                            bn_stats,
+                            bn_apply,
+                            bn_reduce,
+                            bn_grad,
+                            conv_winograd,
+                            conv_winograd_pack,
+                            conv_winograd_weight,
+                            conv_stem};
 
 }  // namespace resnet_fast::cpu::RF_ISA

@@ -9,6 +9,8 @@ namespace resnet_fast::cpu::RF_ISA {
 
 void add_relu(const AddReluParams&, const Parallel&);
 void masked_grad(const MaskedGradParams&, const Parallel&);
+void scaled_add_relu(const ScaledAddReluParams&, const Parallel&);
+void scaled_add_relu_grad(const ScaledAddReluGradParams&, const Parallel&);
 void bn_stats(const BnStatsParams&, const Parallel&);
 void bn_apply(const BnApplyParams&, const Parallel&);
 void bn_reduce(const BnReduceParams&, const Parallel&);

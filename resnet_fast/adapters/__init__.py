@@ -19,10 +19,13 @@ from resnet_fast._ready import fell_back
 
 # module that defines the classes -> our file for it, imported once the library itself has been
 _LIBRARIES = {
+    "segmentation_models_pytorch.encoders.resnet": "resnet_fast.adapters.segmentation_models",
     "torch.nn": "resnet_fast.adapters.sequential",
+    "torchvision.models._utils": "resnet_fast.adapters.torchvision_getter",
     "torchvision.models.resnet": "resnet_fast.adapters.torchvision",
     "torchvision.ops.misc": "resnet_fast.adapters.torchvision_norms",
     "timm.layers.norm_act": "resnet_fast.adapters.timm_norms",
+    "timm.models._features": "resnet_fast.adapters.timm_features",
     "timm.models.resnet": "resnet_fast.adapters.timm",
 }
 

@@ -7,14 +7,14 @@ deep stems, decoders, heads, people's own plain networks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
 from torch import fx, nn
 
 from resnet_fast import blocks, graphs
-from resnet_fast._ready import legacy_hook, plain_context, plain_norm
+from resnet_fast._ready import legacy_hook, plain_context, plain_norm, plain_tensor
 from resnet_fast.adapters import register_adapter, replaced
 
 _FORWARD = nn.Sequential.forward
@@ -53,8 +53,30 @@ def _run(modules: Iterator[nn.Module | None], x: Any) -> Any:
     return x
 
 
-def _idle(module: nn.Sequential) -> str:
-    """Why a Sequential stays as it is."""
+def children_in_turn(
+    items: Iterable[tuple[str, nn.Module]], wanted: Container[str], x: Any
+) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each child of a getter of feature maps, run one after the other.
+
+    A norm that is not `wanted` is one op with the ReLU after it, and has no value of its own.
+    """
+    left = iter(items)
+    for name, module in left:
+        if name in wanted or not (plain_tensor(x) and plain_norm(module)):
+            x = blocks.stem_pool(module, x)
+            yield name, x
+            continue
+        after, act = next(left, ("", None))
+        if type(act) is nn.ReLU:
+            x = blocks.norm_relu(module, act, x)
+        else:
+            x = module(x)
+            x = x if act is None else act(x)
+        yield after, x
+
+
+def idle(module: nn.Module) -> str:
+    """Why a module that runs its children in their order stays as it is."""
     children = list(module._modules.values())
     for bn, act in pairwise(children):
         if plain_norm(bn) and type(act) is nn.ReLU:
@@ -62,4 +84,4 @@ def _idle(module: nn.Sequential) -> str:
     return "no batch norm in it comes directly before a ReLU"
 
 
-register_adapter(nn.Sequential, Sequential, idle=_idle)
+register_adapter(nn.Sequential, Sequential, idle=idle)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """timm's ResNet: all of resnet*, resnext*, wide_resnet*, seresnet*, ecaresnet*, their D variants.
 
-Channel attention, anti-aliasing, stochastic depth and other activations are called as the modules
-they are; around them the norms, and the sum with ReLU, are fused.
+Anti-aliasing, DropBlock and other activations are called as the modules they are; around them the
+norms, and the sum with ReLU, are fused. So are the products of plain channel attention and
+stochastic depth with the sum (timm_gates.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from resnet_fast._ready import (
     why_not_norm,
     why_not_owner,
 )
-from resnet_fast.adapters import register_adapter, replaced
+from resnet_fast.adapters import register_adapter, replaced, timm_gates
 
 _BASIC_FORWARD = tm.BasicBlock.forward
 _BOTTLENECK_FORWARD = tm.Bottleneck.forward
@@ -43,8 +44,12 @@ def _why_not(block: nn.Module, norms: tuple[str, ...]) -> str:
 
 
 def _gates(block: Any) -> list[nn.Module]:
-    """What comes between the last norm and the sum."""
-    return [gate for gate in (block.se, block.drop_path) if gate is not None]
+    """What comes between the last norm and the sum, and does something there."""
+    return [
+        gate
+        for gate in (block.se, block.drop_path)
+        if gate is not None and not timm_gates.idle(gate)
+    ]
 
 
 class BasicBlock(tm.BasicBlock):  # type: ignore[misc]

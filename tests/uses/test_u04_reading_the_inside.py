@@ -5,17 +5,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from twins import Results
-from ways import FALLS_BACK, Way, photos, small_basic, small_bottleneck
+from ways import (
+    EXCEPT,
+    Way,
+    fast_twin,
+    gradients,
+    make,
+    photos,
+    small_basic,
+    small_bottleneck,
+    state,
+    tv,
+)
+
+import resnet_fast as rf
+from resnet_fast import dispatch
 
 WAY = Way(
     "U04",
     "reading the inside",
-    FALLS_BACK,
-    "hooks on convolutions, blocks and layers: fast; a block with a hook on a norm or ReLU runs "
-    "its plain forward while the hook is there",
+    EXCEPT,
+    "a norm or ReLU that has the hook itself: that one is called while the hook is there, and the "
+    "rest of its block stays fused",
 )
 
 
@@ -83,6 +98,50 @@ def test_reading_blocks_stays_fast() -> None:
 
 def test_reading_norms_is_obeyed() -> None:
     WAY.check(small_bottleneck, norm_outputs, falls_back=("has a forward hook",))
+
+
+def norm_calls(model: Any) -> tuple[int, int]:
+    """How many batch norms of a forward are fused, and how many blocks say that one is not."""
+    with dispatch.recording() as events:
+        model(photos())
+    fused = sum(e.op == "batch_norm_act" and e.impl != "reference" for e in events)
+    return fused, sum(e.impl == "reference" for e in events)
+
+
+@pytest.mark.parametrize("build", [small_basic, small_bottleneck])
+def test_around_a_hook_all_else_stays_fused(build: Any) -> None:
+    """Every norm and ReLU of one block in turn: true tensors, in order, each once."""
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in make(build, tv).modules())
+    parts = ["bn1", "bn2", "relu"] + (["bn3"] if build is small_bottleneck else [])
+    for part in parts:
+        order: list[list[str]] = []
+
+        def use(model: Any, part: str = part, order: Any = order) -> Results:
+            seen: Results = {}
+            order.append([])
+
+            def watch(name: str) -> Any:
+                def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+                    order[-1].append(name)
+                    seen[f"{len(seen)} {name} in"] = args[0].detach().clone()
+                    seen[f"{len(seen)} {name}"] = out.detach().clone()
+
+                return hook
+
+            block = model.layer2[0]
+            for name in (part, "conv1", "conv2", "downsample.0"):
+                block.get_submodule(name).register_forward_hook(watch(name))
+            y = model(photos())
+            y.square().mean().backward()
+            return seen | {"y": y.detach()} | gradients(model) | state(model)
+
+        WAY.check(build, use, falls_back=(f"{part} has a forward hook",))
+        assert order[1:] == order[:1] * (len(order) - 1)
+        model = fast_twin("torchvision", build, make(build, tv))
+        model.layer2[0].get_submodule(part).register_forward_hook(lambda *_: None)
+        if rf.is_available():
+            # All but the hooked one; behind a hooked ReLU the norms alone are fused.
+            assert norm_calls(model) == (norms - (part != "relu"), 1)
 
 
 def test_fast_again_when_the_hooks_are_gone() -> None:

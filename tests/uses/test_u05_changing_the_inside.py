@@ -14,7 +14,7 @@ WAY = Way(
     "U05",
     "changing the inside",
     EXCEPT,
-    "a block whose norm itself has the hook, that block alone",
+    "a norm that has the hook itself, that norm alone",
 )
 
 

@@ -18,6 +18,7 @@ from twins import Results
 from ways import Way, fast_twin, gradients, make, photos, small_basic, small_bottleneck, state, tv
 
 import resnet_fast as rf
+from resnet_fast import adapters, dispatch
 
 WAY = Way("U09", "feature maps")
 LAYERS = {"layer1": "a", "layer2": "b", "layer3": "c", "layer4": "d"}
@@ -117,6 +118,34 @@ def test_every_norm_of_an_extractor_is_fused(nodes: list[str]) -> None:
     assert "norm" not in rf.restore(net).code
 
 
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("build", [small_basic, small_bottleneck])
+def test_extractor_of_a_plain_model_accelerated_afterwards(build: Any, train: bool) -> None:
+    """As fast as the other order; restore() gives the same extractor back."""
+
+    def use(model: Any) -> Results:
+        fast = adapters.is_accelerated(model)
+        plain = rf.restore(model).train(train)
+        net = create_feature_extractor(plain, NODES)
+        code = net.code
+        if fast:
+            assert rf.accelerate(net) is net
+            assert [row.reason for row in rf.explain(net, photos()).rows] == [""]
+            assert net.code.count("norm_add_relu(") == 3
+        assert "norm" not in code
+        results = {name: y.detach().clone() for name, y in net(photos()).items()}
+        if train:
+            sum(y.square().mean() for y in net(photos()).values()).backward()
+            results |= gradients(plain) | state(plain)
+        # Both graphs of torchvision's: the one that is not in use, too.
+        net.train(not train)
+        results |= {f"other {name}": y.detach().clone() for name, y in net(photos()).items()}
+        assert rf.restore(net.train(train)).code == code
+        return results | {f"{name} again": y.detach() for name, y in net(photos()).items()}
+
+    WAY.check(build, use, libraries=("torchvision",))
+
+
 def test_extractor_copied_pickled_and_traced_again() -> None:
     def use(model: Any) -> Results:
         net = create_feature_extractor(model.eval(), NODES)
@@ -138,6 +167,32 @@ def test_norms_that_share_statistics_keep_their_order() -> None:
         return {"y": net(photos())["layer4"].detach()} | state(model)
 
     WAY.check(small_basic, use, libraries=("torchvision",))
+
+
+def test_the_stem_of_a_getter_is_fused() -> None:
+    """Its norm and ReLU lie in the getter itself; asked for by name, they run as they are."""
+
+    def norms(getter: nn.Module) -> int:
+        with dispatch.recording() as events:
+            getter(photos())
+        return sum(event.op == "batch_norm_act" for event in events)
+
+    for layers, fused in (({"layer2": "x"}, 6), ({"relu": "a", "layer2": "x"}, 6)):
+        model = make(small_basic, tv)
+        getter = IntermediateLayerGetter(model, layers)
+        want = getter(photos())
+        rf.accelerate(getter)
+        assert norms(getter) == fused
+        for name, y in getter(photos()).items():
+            torch.testing.assert_close(y, want[name], rtol=1e-9, atol=1e-9)
+    # The ReLU writes into what was asked for, as in torchvision.
+    model = make(small_basic, tv)
+    asked = IntermediateLayerGetter(model, {"conv1": "z", "bn1": "a", "maxpool": "p"})
+    want = asked(photos())
+    assert not norms(rf.accelerate(asked))
+    for name, y in asked(photos()).items():
+        torch.testing.assert_close(y, want[name], rtol=1e-9, atol=1e-9)
+    assert type(rf.restore(asked)) is IntermediateLayerGetter
 
 
 def test_getter_before_accelerate() -> None:

@@ -10,14 +10,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 from twins import Results, step
-from ways import FALLS_BACK, Way, photos, small_basic, small_bottleneck, state, train
+from ways import (
+    FALLS_BACK,
+    Way,
+    fast_twin,
+    make,
+    photos,
+    small_basic,
+    small_bottleneck,
+    state,
+    train,
+    tv,
+)
+
+import resnet_fast as rf
+from resnet_fast import dispatch
 
 WAY = Way(
     "U18",
     "norm is a variable",
     FALLS_BACK,
-    "blocks whose norm is not a BatchNorm; one BatchNorm shared by blocks or switched between "
-    "bit-widths stays fast",
+    "a norm that is not a BatchNorm is called; the others of its block stay fused, and so does one "
+    "shared by blocks or switched between bit-widths",
 )
 
 
@@ -57,6 +71,12 @@ def test_other_norms_throughout(name: str) -> None:
 
 def test_instance_batch_norm() -> None:
     WAY.check(with_ibn, lambda model: train(model, 2), falls_back=("bn1 is a IBN",))
+    model = fast_twin("torchvision", with_ibn, make(with_ibn, tv))
+    with dispatch.recording() as events:
+        model(photos())
+    if rf.is_available():  # the stem's, two or three in each block and the shortcuts'
+        fused = [e for e in events if e.op == "batch_norm_act" and e.impl != "reference"]
+        assert len(fused) == 1 + 3 * 2 + 3 + 4
 
 
 def test_norms_taken_out_one_by_one() -> None:

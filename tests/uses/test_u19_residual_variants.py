@@ -89,14 +89,14 @@ def fast_attention(block: Any, x: Tensor, plain: Any) -> Tensor:
     out = rf.blocks.bn_act(block.bn1, block.conv1(x))
     out = rf.blocks.bn_act(block.bn2, block.conv2(out), activation=None)
     identity = rf.blocks.shortcut(block.downsample, x)
-    return rf.functional.add_relu(out * channel_gate(block.gate, out), identity)
+    return rf.functional.add_relu(out, identity, scale=channel_gate(block.gate, out))
 
 
 def fast_scaled(block: Any, x: Tensor, plain: Any) -> Tensor:
     out = rf.blocks.bn_act(block.bn1, block.conv1(x))
-    out = 0.17 * rf.blocks.bn_act(block.bn2, block.conv2(out), activation=None)
+    out = rf.blocks.bn_act(block.bn2, block.conv2(out), activation=None)
     identity = rf.blocks.shortcut(block.downsample, x)
-    return rf.functional.add_relu(identity, out)
+    return rf.functional.add_relu(out, identity, scale=0.17)
 
 
 def fast_act_before_add(block: Any, x: Tensor, plain: Any) -> Tensor:

@@ -11,7 +11,18 @@ import shims
 import torch
 from torch import Tensor, nn
 from twins import Results, assert_same, randomise
-from ways import FALLS_BACK, Way, assert_path, small_basic, small_bottleneck, train
+from ways import (
+    FALLS_BACK,
+    Way,
+    assert_path,
+    digits,
+    fast_twin,
+    make,
+    small_basic,
+    small_bottleneck,
+    train,
+    tv,
+)
 
 import resnet_fast as rf
 from resnet_fast import dispatch
@@ -22,8 +33,7 @@ WAY = Way(
     "U20",
     "other activations",
     FALLS_BACK,
-    "torchvision's and our blocks run plain with another activation; in timm's the norms stay "
-    "fused and the activation is called",
+    "the activation is called, the norms before it stay fused",
 )
 
 
@@ -66,6 +76,13 @@ def test_in_torchvision_blocks(name: str, build: Any) -> None:
         return train(model, steps=1)
 
     WAY.check(build, use, falls_back=(f"relu is a {name}, not exactly nn.ReLU",))
+    model = fast_twin("torchvision", build, make(build, tv))
+    use(model)
+    with dispatch.recording() as events:
+        model(digits()[0])
+    if rf.is_available():
+        fused = [e for e in events if e.op == "batch_norm_act" and e.impl != "reference"]
+        assert len(fused) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "leaky_relu", "prelu"])

@@ -12,18 +12,6 @@ cpu::MaskSource mask_source(bool relu, const OptionalTensor& mask) {
   return mask ? cpu::MaskSource::kBits : cpu::MaskSource::kRecompute;
 }
 
-// The sums of each channel of those of its columns.
-void add_columns(Values& sums, int64_t repeat) {
-  if (repeat == 1) return;
-  const size_t channels = sums.size() / size_t(repeat);
-  for (size_t c = 0; c < channels; ++c) {
-    double total = 0;
-    for (int64_t i = 0; i < repeat; ++i) total += sums[c * size_t(repeat) + size_t(i)];
-    sums[c] = total;
-  }
-  sums.resize(channels);
-}
-
 }  // namespace
 
 GradInput::GradInput(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& invstd,

@@ -154,6 +154,17 @@ std::vector<double> scale_of(const std::vector<double>& invstd, const OptionalTe
   return scale;
 }
 
+void add_columns(std::vector<double>& sums, int64_t repeat) {
+  if (repeat == 1) return;
+  const size_t channels = sums.size() / size_t(repeat);
+  for (size_t c = 0; c < channels; ++c) {
+    double total = 0;
+    for (int64_t i = 0; i < repeat; ++i) total += sums[c * size_t(repeat) + size_t(i)];
+    sums[c] = total;
+  }
+  sums.resize(channels);
+}
+
 namespace {
 
 template <class A>

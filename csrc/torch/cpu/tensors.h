@@ -21,6 +21,9 @@ struct Columns {
 };
 Columns columns_of(const cpu::Geometry& geometry);
 
+// Sums of columns, `repeat` of them a channel, added up to one for each channel.
+void add_columns(std::vector<double>& sums, int64_t repeat);
+
 // A new tensor like the dense x, on_huge_pages.
 Tensor new_like(const Tensor& x);
 // The tensor, which nobody has written to yet; a large one is put on huge pages, where the system
@@ -64,6 +67,13 @@ Tensor add_relu_inference(Tensor x, Tensor residual);
 Tensor batch_norm_act_inference(Tensor x, OptionalTensor weight, OptionalTensor bias,
                                 OptionalTensor residual, Tensor running_mean, Tensor running_var,
                                 double eps, bool relu);
+// A residual join with a scale on its branch (resnet_fast/_scale.py), the CPU's alone.
+std::tuple<Tensor, Tensor> scaled_add_relu_forward(Tensor x, Tensor residual, OptionalTensor scale,
+                                                   double factor, bool save_mask);
+std::tuple<Tensor, Tensor, Tensor> scaled_add_relu_backward(Tensor grad, OptionalTensor x,
+                                                            OptionalTensor scale, double factor,
+                                                            Tensor mask, bool channels_last,
+                                                            std::vector<bool> output_mask);
 // Convolutions of packed weights (resnet_fast/_conv.py), the CPU's alone.
 Tensor conv_winograd(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual,
                      std::vector<int64_t> padding, int64_t tile, bool relu);

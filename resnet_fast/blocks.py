@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resnet_fast import functional
 from resnet_fast._max_pool import max_pool
 from resnet_fast._ready import (
-    block_ready,
+    block_parts,
     fell_back,
     plain_context,
     plain_max_pool,
@@ -196,9 +196,10 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
     block: a module with conv1, bn1, relu, conv2, bn2 and downsample (a module or None). original:
     its plain forward, which runs instead where fusing could be noticed.
     """
-    if not block_ready(block, BASIC, x):
+    parts = block_parts(block, BASIC, x)
+    if parts is None:
         return original(x)
-    bn1, bn2, relu = block.bn1, block.bn2, block.relu
+    bn1, bn2, relu = parts
     out = norm_relu(bn1, relu, block.conv1(x))
     out = block.conv2(out)  # by this name, so that the activation before can be freed
     return _join(block, bn2, relu, out, x)
@@ -206,9 +207,10 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
 
 def bottleneck(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
     """The forward of the three-conv block (torchvision's Bottleneck); see basic_block."""
-    if not block_ready(block, BOTTLENECK, x):
+    parts = block_parts(block, BOTTLENECK, x)
+    if parts is None:
         return original(x)
-    bn1, bn2, bn3, relu = block.bn1, block.bn2, block.bn3, block.relu
+    bn1, bn2, bn3, relu = parts
     out = norm_relu(bn1, relu, block.conv1(x))
     out = norm_relu(bn2, relu, block.conv2(out))
     out = block.conv3(out)
@@ -224,10 +226,11 @@ def preact_block(
     `norms` (BASIC or BOTTLENECK). The shortcut of a block with a downsample starts at the first
     activation, as in He et al. 2016. x: (N, C, H, W).
     """
-    if not block_ready(block, norms, x):
+    parts = block_parts(block, norms, x)
+    if parts is None:
         return original(x)
-    relu, downsample = block.relu, block.downsample
-    bns = [getattr(block, name) for name in norms]
+    *bns, relu = parts
+    downsample = block.downsample
     out = norm_relu(bns[0], relu, x)
     identity = x if downsample is None else downsample(out)
     out = block.conv1(out)
@@ -243,9 +246,10 @@ def stem(model: Any, x: Tensor, norms: tuple[str, ...] = STEM) -> Tensor:
     model: a module with relu and the norm named in `norms`; they are called as modules where fusing
     could be noticed.
     """
-    bn, relu = getattr(model, norms[0]), model.relu
-    if not block_ready(model, norms, x):
-        return cast(Tensor, relu(bn(x)))
+    parts = block_parts(model, norms, x)
+    if parts is None:
+        return cast(Tensor, model.relu(getattr(model, norms[0])(x)))
+    bn, relu = parts
     return norm_relu(bn, relu, x)
 
 

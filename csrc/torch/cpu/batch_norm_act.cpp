@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 
@@ -11,55 +12,98 @@ namespace {
 
 using Values = std::vector<double>;
 
-struct Statistics {
-  Values mean;
-  Values var;  // biased
-};
-
-Statistics batch_statistics(const Tensor& x, const cpu::Geometry& geometry, cpu::DType dtype) {
+// Mean and biased variance of each channel of a dense x; the arrays hold one value a column.
+void batch_statistics(const Tensor& x, const cpu::Geometry& geometry, cpu::DType dtype,
+                      double* mean, double* var) {
   const auto [columns, repeat] = columns_of(geometry);
-  Statistics s{Values(columns.channels), Values(columns.channels)};
-  cpu::kernels().bn_stats({x.const_data_ptr(), s.mean.data(), s.var.data(), columns, dtype},
-                          torch_threads());
+  cpu::kernels().bn_stats({x.const_data_ptr(), mean, var, columns, dtype}, torch_threads());
   if (repeat > 1) {
-    // Columns of equal counts: their mean, and their deviations from it added to their own.
+    // Columns of equal counts: their mean, and their deviations from it added to their own. Written
+    // over columns that have been read.
     for (int64_t c = 0; c < geometry.channels; ++c) {
-      const double *const means = &s.mean[c * repeat], *const m2s = &s.var[c * repeat];
-      double mean = 0, own = 0, between = 0;
-      for (int64_t i = 0; i < repeat; ++i) mean += means[i];
-      mean /= double(repeat);
+      const double *const means = mean + c * repeat, *const m2s = var + c * repeat;
+      double total = 0, own = 0, between = 0;
+      for (int64_t i = 0; i < repeat; ++i) total += means[i];
+      total /= double(repeat);
       for (int64_t i = 0; i < repeat; ++i) {
         own += m2s[i];
-        between += (means[i] - mean) * (means[i] - mean);
+        between += (means[i] - total) * (means[i] - total);
       }
-      s.mean[c] = mean;
-      s.var[c] = own + double(geometry.rows) * between;
+      mean[c] = total;
+      var[c] = own + double(geometry.rows) * between;
     }
-    s.mean.resize(geometry.channels);
-    s.var.resize(geometry.channels);
   }
-  for (double& v : s.var) v /= double(geometry.count());
-  return s;
+  for (int64_t c = 0; c < geometry.channels; ++c) var[c] /= double(geometry.count());
 }
 
 // running = (1 - momentum) * running + momentum * batch, the variance unbiased.
-void update_running(const OptionalTensor& running, const Values& batch, double momentum,
-                    double correction) {
+void update_running(const OptionalTensor& running, int64_t channels, const double* batch,
+                    double momentum, double correction, double* values) {
   if (!running) return;
-  Values values = read_channel(running, int64_t(batch.size()), 0);
-  for (size_t c = 0; c < values.size(); ++c) {
+  read_channel(running, channels, 0, values);
+  for (int64_t c = 0; c < channels; ++c) {
     values[c] = (1 - momentum) * values[c] + momentum * (batch[c] * correction);
   }
-  write_channel(*running, values);
+  write_channel(*running, channels, values);
 }
 
-Tensor channel_tensor(const Tensor& x, const Values& values, ScalarType type) {
-  Tensor t = new_vector(x, int64_t(values.size()), type);
-  write_channel(t, values);
+Tensor channel_tensor(const Tensor& x, int64_t channels, const double* values, ScalarType type) {
+  Tensor t = new_vector(x, channels, type);
+  write_channel(t, channels, values);
   return t;
 }
 
 const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// The forward for checked arguments. A: the accumulation type.
+template <class A>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& x, bool channels_last, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, bool training, double momentum, double eps, bool relu,
+    bool save_mask) {
+  const cpu::DType dtype = dtype_of(x, "x");
+  const cpu::Geometry geometry = geometry_of(x, channels_last);
+  const int64_t channels = geometry.channels;
+  const auto [columns, repeat] = columns_of(geometry);
+  ChannelArrays arrays(columns.channels, 6);
+  double *const mean = arrays.take<double>(), *const var = arrays.take<double>();
+  double* const values = arrays.take<double>();
+  A *const centre = arrays.take<A>(), *const scale = arrays.take<A>();
+  A* const shift = arrays.take<A>();
+  if (training) {
+    batch_statistics(x, geometry, dtype, mean, var);
+  } else {
+    read_channel(running_mean, channels, 0, mean);
+    read_channel(running_var, channels, 1, var);
+  }
+  Tensor saved_mean = new_vector(x, channels, accumulate_type(x));
+  Tensor saved_invstd = new_vector(x, channels, accumulate_type(x));
+  A* const invstd = static_cast<A*>(saved_invstd.mutable_data_ptr());
+  for (int64_t c = 0; c < channels; ++c) {
+    centre[c] = A(mean[c]);
+    invstd[c] = A(1 / std::sqrt(var[c] + eps));
+  }
+  std::memcpy(saved_mean.mutable_data_ptr(), centre, size_t(channels) * sizeof(A));
+  read_channel(weight, channels, 1, values);
+  for (int64_t c = 0; c < channels; ++c) scale[c] = A(values[c] * double(invstd[c]));
+  read_channel(bias, channels, 0, values);
+  for (int64_t c = 0; c < channels; ++c) shift[c] = A(values[c]);
+  for (A* const coefficients : {centre, scale, shift}) spread(coefficients, channels, repeat);
+
+  Tensor y = new_like(x);
+  Tensor mask = save_mask ? new_mask(x) : nothing(x, ScalarType::Byte);
+  cpu::kernels().bn_apply({x.const_data_ptr(), data_or_null(residual), y.mutable_data_ptr(),
+                           save_mask ? static_cast<uint16_t*>(mask.mutable_data_ptr()) : nullptr,
+                           centre, scale, shift, columns, dtype, relu, too_large_for_cache(y)},
+                          torch_threads());
+  if (training) {
+    const double n = double(geometry.count());
+    update_running(running_mean, channels, mean, momentum, 1, values);
+    update_running(running_var, channels, var, momentum, n > 1 ? n / (n - 1) : 1, values);
+  }
+  return {y, saved_mean, saved_invstd, mask};
+}
 
 }  // namespace
 
@@ -69,39 +113,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
     double eps, bool relu, bool save_mask) {
   check_cpu("x", x);
   check_batch_norm_forward(x, weight, bias, residual, running_mean, running_var, training);
-  const cpu::DType dtype = dtype_of(x, "x");
   const bool channels_last = is_channels_last(x);
   x = to_layout(x, channels_last);
   if (residual) residual = to_layout(*residual, channels_last);
-  const cpu::Geometry geometry = geometry_of(x, channels_last);
-  const bool in_double = dtype == cpu::DType::kFloat64;
-
-  Statistics s = training ? batch_statistics(x, geometry, dtype)
-                          : Statistics{read_channel(running_mean, geometry.channels, 0),
-                                       read_channel(running_var, geometry.channels, 1)};
-  Values invstd(s.var);
-  for (double& v : invstd) v = 1 / std::sqrt(v + eps);
-  Tensor saved_mean = channel_tensor(x, s.mean, accumulate_type(x));
-  Tensor saved_invstd = channel_tensor(x, invstd, accumulate_type(x));
-  const auto [columns, repeat] = columns_of(geometry);
-  const Coefficients mean(s.mean, in_double, repeat);
-  const Coefficients scale(scale_of(read_channel(saved_invstd, geometry.channels, 0), weight),
-                           in_double, repeat);
-  const Coefficients shift(read_channel(bias, geometry.channels, 0), in_double, repeat);
-
-  Tensor y = new_like(x);
-  Tensor mask = save_mask ? new_mask(x) : nothing(x, ScalarType::Byte);
-  cpu::kernels().bn_apply(
-      {x.const_data_ptr(), data_or_null(residual), y.mutable_data_ptr(),
-       save_mask ? static_cast<uint16_t*>(mask.mutable_data_ptr()) : nullptr, mean.data(),
-       scale.data(), shift.data(), columns, dtype, relu, too_large_for_cache(y)},
-      torch_threads());
-  if (training) {
-    const double n = double(geometry.count());
-    update_running(running_mean, s.mean, momentum, 1);
-    update_running(running_var, s.var, momentum, n > 1 ? n / (n - 1) : 1);
-  }
-  return {y, saved_mean, saved_invstd, mask};
+  const auto run = dtype_of(x, "x") == cpu::DType::kFloat64 ? forward<double> : forward<float>;
+  return run(x, channels_last, weight, bias, residual, running_mean, running_var, training,
+             momentum, eps, relu, save_mask);
 }
 
 namespace {
@@ -176,79 +193,96 @@ Tensor batch_norm_act_inference(Tensor x, OptionalTensor weight, OptionalTensor 
 
 namespace {
 
-// The sums of each channel of those of its columns.
-void add_columns(Values& sums, int64_t repeat) {
+// The sums of each channel of those of its columns, written over columns that have been read.
+void add_columns(double* sums, int64_t channels, int64_t repeat) {
   if (repeat == 1) return;
-  const size_t channels = sums.size() / size_t(repeat);
-  for (size_t c = 0; c < channels; ++c) {
+  for (int64_t c = 0; c < channels; ++c) {
     double total = 0;
-    for (int64_t i = 0; i < repeat; ++i) total += sums[c * size_t(repeat) + size_t(i)];
+    for (int64_t i = 0; i < repeat; ++i) total += sums[c * repeat + i];
     sums[c] = total;
   }
-  sums.resize(channels);
 }
 
-// Gradients for checked arguments. With `overwrite` dx is written over grad, and its place in the
-// result stays empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad, Tensor x, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& mask, bool training, bool relu,
-    const std::vector<bool>& output_mask, bool overwrite) {
+// Gradients for checked arguments, x and grad dense and of one layout. With `overwrite` dx is
+// written over grad, and its place in the result stays empty. A: the accumulation type.
+template <class A>
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(
+    const Tensor& grad, const Tensor& x, bool channels_last, const Tensor& mean,
+    const Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& mask, bool training, bool relu, const std::vector<bool>& output_mask,
+    bool overwrite) {
   const bool want_dx = output_mask[0], want_dresidual = output_mask[1];
   const bool want_dweight = output_mask[2], want_dbias = output_mask[3];
 
   const cpu::DType dtype = dtype_of(x, "x");
-  const bool channels_last = is_channels_last(x);
-  x = to_layout(x, channels_last);
-  grad = to_layout(grad, channels_last);
   const cpu::Geometry geometry = geometry_of(x, channels_last);
-  const bool in_double = dtype == cpu::DType::kFloat64;
   const int64_t channels = geometry.channels;
-  const Values mean_values = read_channel(mean, channels, 0);
-  const Values invstd_values = read_channel(invstd, channels, 0);
-  const Values scale_values = scale_of(invstd_values, weight);
   const auto [columns, repeat] = columns_of(geometry);
-  const Coefficients centre(mean_values, in_double, repeat), scale(scale_values, in_double, repeat),
-      shift(read_channel(bias, channels, 0), in_double, repeat);
+  ChannelArrays arrays(columns.channels, 9);
+  double *const sum = arrays.take<double>(), *const dot = arrays.take<double>();
+  double *const inverse = arrays.take<double>(), *const values = arrays.take<double>();
+  A *const centre = arrays.take<A>(), *const scale = arrays.take<A>();
+  A *const shift = arrays.take<A>(), *const offset = arrays.take<A>();
+  A* const slope = arrays.take<A>();
+  read_channel(mean, channels, 0, values);
+  for (int64_t c = 0; c < channels; ++c) centre[c] = A(values[c]);
+  read_channel(invstd, channels, 0, inverse);
+  read_channel(weight, channels, 1, values);
+  for (int64_t c = 0; c < channels; ++c) scale[c] = A(values[c] * inverse[c]);
+  read_channel(bias, channels, 0, values);
+  for (int64_t c = 0; c < channels; ++c) shift[c] = A(values[c]);
+  for (A* const coefficients : {centre, scale, shift}) spread(coefficients, channels, repeat);
   const auto source = mask_source(relu, mask);
   const auto* bits = mask ? static_cast<const uint16_t*>(mask->const_data_ptr()) : nullptr;
 
   const auto none = [&] { return nothing(x, x.scalar_type()); };
   Tensor dresidual = want_dresidual ? new_like(x) : none();
   void* masked = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
-  Values sum(columns.channels), dot(columns.channels);
   const bool reduce = want_dweight || want_dbias || (want_dx && training);
   const bool stream = too_large_for_cache(x);
   if (reduce) {
-    cpu::kernels().bn_reduce(
-        {grad.const_data_ptr(), x.const_data_ptr(), bits, masked, centre.data(), scale.data(),
-         shift.data(), sum.data(), dot.data(), columns, dtype, source, stream},
-        torch_threads());
+    cpu::kernels().bn_reduce({grad.const_data_ptr(), x.const_data_ptr(), bits, masked, centre,
+                              scale, shift, sum, dot, columns, dtype, source, stream},
+                             torch_threads());
+    add_columns(sum, channels, repeat);
+    add_columns(dot, channels, repeat);
+  } else {
+    for (int64_t c = 0; c < channels; ++c) sum[c] = dot[c] = 0;
   }
-  add_columns(sum, repeat);
-  add_columns(dot, repeat);
   // Once the masked gradient is written it is what the second pass reads.
   const bool behind_relu = reduce && want_dresidual;
   Tensor dx = !want_dx ? none() : (overwrite ? grad : new_like(x));
   if (want_dx || (want_dresidual && !reduce)) {
-    Values offset(sum), slope(dot);
     const double n = double(geometry.count());
-    for (double& v : offset) v /= n;
-    for (int64_t c = 0; c < channels; ++c) slope[c] *= invstd_values[c] * invstd_values[c] / n;
-    const Coefficients offsets(offset, in_double, repeat), slopes(slope, in_double, repeat);
+    for (int64_t c = 0; c < channels; ++c) {
+      offset[c] = A(sum[c] / n);
+      slope[c] = A(dot[c] * (inverse[c] * inverse[c] / n));
+    }
+    for (A* const coefficients : {offset, slope}) spread(coefficients, channels, repeat);
     cpu::kernels().bn_grad(
         {behind_relu ? masked : grad.const_data_ptr(), x.const_data_ptr(), bits,
-         behind_relu ? nullptr : masked, want_dx ? dx.mutable_data_ptr() : nullptr, centre.data(),
-         scale.data(), shift.data(), training ? offsets.data() : nullptr, slopes.data(), columns,
-         dtype, behind_relu ? cpu::MaskSource::kNone : source, stream},
+         behind_relu ? nullptr : masked, want_dx ? dx.mutable_data_ptr() : nullptr, centre, scale,
+         shift, training ? offset : nullptr, slope, columns, dtype,
+         behind_relu ? cpu::MaskSource::kNone : source, stream},
         torch_threads());
   }
   const ScalarType parameter =
       weight ? weight->scalar_type() : (bias ? bias->scalar_type() : accumulate_type(x));
-  for (int64_t c = 0; c < channels; ++c) dot[c] *= invstd_values[c];
-  Tensor dweight = want_dweight ? channel_tensor(x, dot, parameter) : nothing(x, parameter);
-  Tensor dbias = want_dbias ? channel_tensor(x, sum, parameter) : nothing(x, parameter);
-  return {overwrite ? none() : dx, dresidual, dweight, dbias};
+  for (int64_t c = 0; c < channels; ++c) dot[c] *= inverse[c];
+  const auto made = [&](bool want, const double* of) {
+    return want ? channel_tensor(x, channels, of, parameter) : nothing(x, parameter);
+  };
+  return {overwrite ? none() : dx, dresidual, made(want_dweight, dot), made(want_dbias, sum)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& invstd,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& mask,
+    bool training, bool relu, const std::vector<bool>& output_mask, bool overwrite) {
+  const bool channels_last = is_channels_last(x);
+  const auto run = dtype_of(x, "x") == cpu::DType::kFloat64 ? gradients<double> : gradients<float>;
+  return run(to_layout(grad, channels_last), to_layout(x, channels_last), channels_last, mean,
+             invstd, weight, bias, mask, training, relu, output_mask, overwrite);
 }
 
 }  // namespace

@@ -115,24 +115,35 @@ void check_cpu(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as x is");
 }
 
-std::vector<double> read_channel(const OptionalTensor& t, int64_t channels, double missing) {
-  std::vector<double> values(channels, missing);
-  if (!t) return values;
+void read_channel(const OptionalTensor& t, int64_t channels, double missing, double* values) {
+  if (!t) {
+    for (int64_t c = 0; c < channels; ++c) values[c] = missing;
+    return;
+  }
   for_channel_dtype(*t, [&](auto zero) {
     const auto* p = static_cast<const decltype(zero)*>(t->const_data_ptr());
     const int64_t stride = t->stride(0);
     for (int64_t c = 0; c < channels; ++c) values[c] = double(p[c * stride]);
   });
+}
+
+std::vector<double> read_channel(const OptionalTensor& t, int64_t channels, double missing) {
+  std::vector<double> values(channels);
+  read_channel(t, channels, missing, values.data());
   return values;
 }
 
-void write_channel(const Tensor& t, const std::vector<double>& values) {
+void write_channel(const Tensor& t, int64_t channels, const double* values) {
   for_channel_dtype(t, [&](auto zero) {
     using T = decltype(zero);
     T* const p = static_cast<T*>(t.mutable_data_ptr());
     const int64_t stride = t.stride(0);
-    for (size_t c = 0; c < values.size(); ++c) p[c * stride] = T(values[c]);
+    for (int64_t c = 0; c < channels; ++c) p[c * stride] = T(values[c]);
   });
+}
+
+void write_channel(const Tensor& t, const std::vector<double>& values) {
+  write_channel(t, int64_t(values.size()), values.data());
 }
 
 std::vector<double> scale_of(const std::vector<double>& invstd, const OptionalTensor& weight) {

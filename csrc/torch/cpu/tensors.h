@@ -2,6 +2,9 @@
 // Between tensors and the CPU kernels' parameters: outputs, coefficients, threads.
 #pragma once
 
+#include <memory>
+#include <utility>
+
 #include "../../cpu/params.h"
 #include "../common.h"
 
@@ -30,9 +33,40 @@ bool too_large_for_cache(const Tensor& x);
 
 void check_cpu(const char* name, const Tensor& t);
 // A per-channel tensor read into doubles, of any dtype and stride; `missing` where there is none.
+void read_channel(const OptionalTensor& t, int64_t channels, double missing, double* values);
 std::vector<double> read_channel(const OptionalTensor& t, int64_t channels, double missing);
 // values written to a dense or strided per-channel tensor, in its dtype.
+void write_channel(const Tensor& t, int64_t channels, const double* values);
 void write_channel(const Tensor& t, const std::vector<double>& values);
+
+// The per-channel arrays of one call in one piece of memory, of `length` uninitialised values each:
+// on a small activation each allocation costs as much as what is done with it.
+class ChannelArrays {
+ public:
+  ChannelArrays(int64_t length, int arrays)
+      : length_(length), memory_(new double[size_t(length * arrays)]), next_(memory_.get()) {}
+  // The next array, at most `arrays` of them.
+  template <class A>
+  A* take() {
+    static_assert(sizeof(A) <= sizeof(double));
+    return reinterpret_cast<A*>(std::exchange(next_, next_ + length_));
+  }
+
+ private:
+  int64_t length_;
+  std::unique_ptr<double[]> memory_;
+  double* next_;
+};
+
+// Each of `channels` values at the front of an array written `repeat` times, in its place.
+template <class A>
+void spread(A* values, int64_t channels, int64_t repeat) {
+  if (repeat == 1) return;
+  for (int64_t c = channels - 1; c >= 0; --c) {
+    const A value = values[c];
+    for (int64_t i = 0; i < repeat; ++i) values[c * repeat + i] = value;
+  }
+}
 
 // weight * invstd from the *saved* statistics, so that forward and backward have the same bits.
 std::vector<double> scale_of(const std::vector<double>& invstd, const OptionalTensor& weight);

@@ -11,6 +11,7 @@ On the CPU: ``python -m resnet_fast bench`` from a source checkout. On a GPU:
 - ``models``      the training-step benchmark and the activation-memory count
 - ``inference``   latency against every rival installed
 - ``overhead``    the cost of the calls: networks on 32 px
+- ``uses``        a small real step of each way of use
 - ``rows``        result rows: fields, storage as JSON lines, newest per key
 - ``worker``      one process per allocator setting
 - ``run``         starts the workers, stores the rows, prints the tables

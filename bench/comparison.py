@@ -189,6 +189,14 @@ def overhead_table(rows: list[Row]) -> Table:
     return table
 
 
+def uses_table(rows: list[Row]) -> Table:
+    """A step of each way of use."""
+    table = _table("Ways of use", "row", "step", "model", "input", *TIMED, texts=4)
+    for key, group in _grouped(rows, "row", "mode", "name", "shape").items():
+        table.add_row(*key, *_timed(_by_provider(group)))
+    return table
+
+
 def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
     """Print every table that ``rows`` have something for, one machine after the other."""
     for (cpu, threads), machine in _grouped(rows, "cpu", "threads").items():
@@ -214,5 +222,7 @@ def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
             console.print(line, highlight=False, markup=False)
         if "overhead" in kinds:
             console.print(overhead_table(kinds["overhead"]))
+        if "use" in kinds:
+            console.print(uses_table(kinds["use"]))
         if "memory" in kinds:
             console.print(memory_table(kinds["memory"]))

@@ -24,8 +24,9 @@ TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.04}
 class Job:
     """One process of work.
 
-    ``sections`` is a subset of ("ops", "models", "memory", "inference", "overhead"); ``dtypes`` are
-    names of torch dtypes; ``allocator`` is "default" or "tuned"; ``batch`` is the number of images.
+    ``sections`` is a subset of ("ops", "models", "memory", "inference", "overhead",
+    "uses"); ``dtypes`` are names of torch dtypes; ``allocator`` is "default" or "tuned"; ``batch``
+    is the number of images.
     """
 
     sections: tuple[str, ...]

@@ -76,7 +76,7 @@ def seconds_of_accelerate(model: nn.Module, rounds: int) -> Timings:
     return Timings({"ours": taken})
 
 
-def _emit_rows(row: dict[str, Any], timings: Timings, emit: Emit) -> None:
+def emit_rows(row: dict[str, Any], timings: Timings, emit: Emit) -> None:
     for provider in timings.seconds:
         p20, p50, p80 = timings.quantiles(provider)
         times = {"p20": p20, "p50": p50, "p80": p80, "rounds": timings.rounds}
@@ -101,11 +101,11 @@ def run_overhead(job: Job, emit: Emit, progress: Progress) -> None:
             _check(f"{name} {mode}", base, source, images, mode)
             timings = measure(rivals, **limits)
             facts = {"name": name, "shape": list(images.shape), "mode": mode, "source": source}
-            _emit_rows(row | facts, timings, emit)
+            emit_rows(row | facts, timings, emit)
     name = "resnet18" if job.quick else "resnet152"
     progress(total - 1, total, f"accelerate({name})")
     model, source = plain_resnet(name)
     timings = seconds_of_accelerate(model, 3 if job.quick else 20)
     facts = {"name": name, "shape": [], "mode": "accelerate", "source": source}
-    _emit_rows(row | facts, timings, emit)
+    emit_rows(row | facts, timings, emit)
     progress(total, total, "overhead")

@@ -25,12 +25,13 @@ from .job import Job
 from .rows import RESULTS, ROOT, Row, append, load, newest
 
 SECTIONS = ("ops", "models", "memory")
+ALONE = ("inference", "overhead", "uses")  # only when named
 ALLOCATORS = ("default", "tuned")
 
 
 def jobs_of(options: Namespace) -> list[Job]:
     """One job per section and allocator setting; without any section named, the three of --all."""
-    wanted = [name for name in (*SECTIONS, "inference", "overhead") if getattr(options, name)]
+    wanted = [name for name in (*SECTIONS, *ALONE) if getattr(options, name)]
     if options.all or not wanted:
         wanted = list(SECTIONS)
     if options.dtype == "int8" and wanted != ["inference"]:
@@ -54,9 +55,7 @@ def jobs_of(options: Namespace) -> list[Job]:
         for section in wanted
         # What is saved for backward does not depend on the allocator, nor do small tensors;
         # inference sets none.
-        for allocator in (
-            allocators[:1] if section in ("memory", "inference", "overhead") else allocators
-        )
+        for allocator in (allocators[:1] if section in ("memory", *ALONE) else allocators)
     ]
 
 

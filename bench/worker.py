@@ -23,6 +23,7 @@ from .kernels import run_ops
 from .models import run_memory, run_models
 from .overhead import run_overhead
 from .rows import context
+from .uses import run_uses
 
 
 def main(text: str) -> int:
@@ -48,7 +49,7 @@ def main(text: str) -> int:
         send({"progress": [done, total, what]})
 
     sections = {"ops": run_ops, "memory": run_memory, "models": run_models}
-    sections |= {"inference": run_inference, "overhead": run_overhead}
+    sections |= {"inference": run_inference, "overhead": run_overhead, "uses": run_uses}
     for name in job.sections:
         sections[name](job, emit, progress)
     return 0

@@ -17,6 +17,8 @@ from resnet_fast import dispatch
 from resnet_fast.layout import is_channels_last, to_layout
 
 _aten = torch.ops.aten
+# Elements below which the memory saved is not worth the calls.
+_SMALL = 1 << 17
 
 
 def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
@@ -26,6 +28,7 @@ def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
         or x.dim() != 4
         or x.size(2) * x.size(3) > 2**31 - 1
         or torch.compiler.is_compiling()
+        or x.numel() < _SMALL
         or dispatch.choose("max_pool2d", x, None) == "reference"
     ):
         return cast(Tensor, pool(x))

@@ -35,6 +35,10 @@ _F_MAX_POOL = F.max_pool2d
 _PRUNE_CALL = prune.BasePruningMethod.__call__
 _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = (Tensor, nn.Parameter, type(None))
+# The classes themselves, whatever nn's names may come to mean: a module's class is compared.
+_BatchNorm2d = nn.BatchNorm2d
+_ReLU = nn.ReLU
+_Module = nn.Module
 
 # Other norms than nn.BatchNorm2d that the fused op can stand for, and the forward of each.
 _OTHER_NORMS: dict[type[nn.Module], Callable[..., Any]] = {
@@ -53,7 +57,7 @@ def plain_tensor(x: object) -> bool:
 
 def plain_state(bn: nn.Module) -> State | None:
     """bn's weight, bias, running_mean and running_var; None if the fused op cannot take them."""
-    weight, bias, mean, var = _state(bn)
+    state = weight, bias, mean, var = _state(bn)
     if (
         type(weight) in _PLAIN_OR_NONE
         and type(bias) in _PLAIN_OR_NONE
@@ -61,7 +65,7 @@ def plain_state(bn: nn.Module) -> State | None:
         and type(var) in _PLAIN_OR_NONE
         and (mean is None) == (var is None)
     ):
-        return weight, bias, mean, var
+        return state
     return None
 
 
@@ -98,9 +102,9 @@ def plain_module(m: object, kind: type[nn.Module]) -> bool:
 
 def plain_norm(m: object) -> bool:
     """True if m is an nn.BatchNorm2d, or another norm made known here, and calling it is plain."""
-    if plain_module(m, nn.BatchNorm2d):
-        return True
     kind = type(m)
+    if kind is _BatchNorm2d and plain_module(m, _BatchNorm2d):
+        return True
     if kind in _OTHER_NORMS:
         return plain_module(m, kind) and kind.forward is _OTHER_NORMS[kind]
     return isinstance(m, nn.BatchNorm2d) and _reparametrized(m)
@@ -173,11 +177,11 @@ def plain_context(x: object) -> bool:
             or _module._global_backward_hooks
             or _module._global_backward_pre_hooks
         )
-        and nn.BatchNorm2d.__call__ is _CALL
-        and nn.ReLU.__call__ is _CALL
-        and nn.Module._call_impl is _CALL_IMPL
-        and nn.BatchNorm2d.forward is _BATCH_NORM_FORWARD
-        and nn.ReLU.forward is _RELU_FORWARD
+        and _BatchNorm2d.__call__ is _CALL
+        and _ReLU.__call__ is _CALL
+        and _Module._call_impl is _CALL_IMPL
+        and _BatchNorm2d.forward is _BATCH_NORM_FORWARD
+        and _ReLU.forward is _RELU_FORWARD
         and F.batch_norm is _F_BATCH_NORM
         and F.relu is _F_RELU
         and (torch.compiler.is_compiling() or _no_tracer_or_mode())
@@ -226,20 +230,23 @@ def _function_mode() -> str:
     return ""
 
 
-def block_ready(owner: nn.Module, norms: tuple[str, ...], x: object) -> bool:
-    """True if owner's forward on x may fuse its batch norms, named `norms`, with owner.relu.
+def block_parts(owner: nn.Module, norms: tuple[str, ...], x: object) -> list[Any] | None:
+    """The batch norms of owner named `norms`, and owner.relu, if its forward on x may fuse them.
 
-    If not, the reason is recorded under the class of owner.
+    If not, None, and the reason is recorded under the class of owner.
     """
     if plain_context(x) and not legacy_hook(owner):
-        for name in norms:
-            if not plain_norm(getattr(owner, name, None)):
+        parts: list[Any] = [getattr(owner, name, None) for name in norms]
+        for norm in parts:
+            if not (plain_module(norm, _BatchNorm2d) or plain_norm(norm)):
                 break
         else:
-            if plain_module(getattr(owner, "relu", None), nn.ReLU):
-                return True
+            relu = getattr(owner, "relu", None)
+            if plain_module(relu, _ReLU):
+                parts.append(relu)
+                return parts
     fell_back(type(owner).__name__, x, why_not_context(x) or why_not_block(owner, norms))
-    return False
+    return None
 
 
 def fell_back(op: str, x: object, why: str) -> None:

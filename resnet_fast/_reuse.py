@@ -22,6 +22,9 @@ from torch import Tensor
 from resnet_fast.layout import is_channels_last
 
 Counts = tuple[int, int, int]
+# Elements below which nothing is gained: so small a tensor is not of fresh pages, and asking for
+# the counts costs more than malloc.
+_SMALL = 1 << 14
 
 
 def _counts(grad: Tensor) -> Counts:
@@ -65,13 +68,14 @@ _alone: list[Counts | None] = []
 
 
 def may_overwrite(grad: Tensor, like: Tensor) -> bool:
-    """True if nobody but the engine holds grad, and it is a dense CPU tensor laid out as `like`.
+    """True if nobody but the engine holds grad, a dense CPU tensor laid out as `like`, not small.
 
     To be called from the ``backward`` of an autograd Function, on its very argument.
     """
     if (
         type(grad) is not Tensor
         or torch.compiler.is_compiling()
+        or grad.numel() < _SMALL
         or not grad.is_cpu
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resnet_fast import functional
 from resnet_fast._max_pool import max_pool
 from resnet_fast._ready import (
-    block_ready,
+    block_parts,
     fell_back,
     legacy_hook,
     plain_context,
@@ -76,7 +76,7 @@ def bn_act(
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), by the kernels of convolution.py where conv is a plain nn.Conv2d without bias.
 
-    conv: any module of one tensor. x: (N, C, H, W). For forwards that have found, as block_ready()
+    conv: any module of one tensor. x: (N, C, H, W). For forwards that have found, as block_parts()
     does, that nothing watches the calls of all modules. Raises whatever conv raises.
     """
     if torch.compiler.is_compiling() or not plain_conv(conv) or type(x) is not Tensor:
@@ -269,9 +269,10 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
     its plain forward, which runs instead where fusing could be noticed. Where only a norm or the
     ReLU is hooked or of another kind, that is called, and the rest stays fused.
     """
-    if not block_ready(block, BASIC, x):
+    parts = block_parts(block, BASIC, x)
+    if parts is None:
         return _in_steps(block, BASIC, x) if _has_parts(block, BASIC, x) else original(x)
-    bn1, bn2, relu = block.bn1, block.bn2, block.relu
+    bn1, bn2, relu = parts
     out = norm_relu(bn1, relu, convolve(block.conv1, x))
     out = convolve(block.conv2, out)  # by this name, so that the activation before can be freed
     return _join(block, bn2, relu, out, x)
@@ -279,9 +280,10 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
 
 def bottleneck(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
     """The forward of the three-conv block (torchvision's Bottleneck); see basic_block."""
-    if not block_ready(block, BOTTLENECK, x):
+    parts = block_parts(block, BOTTLENECK, x)
+    if parts is None:
         return _in_steps(block, BOTTLENECK, x) if _has_parts(block, BOTTLENECK, x) else original(x)
-    bn1, bn2, bn3, relu = block.bn1, block.bn2, block.bn3, block.relu
+    bn1, bn2, bn3, relu = parts
     out = norm_relu(bn1, relu, convolve(block.conv1, x))
     out = norm_relu(bn2, relu, convolve(block.conv2, out))
     out = convolve(block.conv3, out)
@@ -297,10 +299,11 @@ def preact_block(
     `norms` (BASIC or BOTTLENECK). The shortcut of a block with a downsample starts at the first
     activation, as in He et al. 2016. x: (N, C, H, W).
     """
-    if not block_ready(block, norms, x):
+    parts = block_parts(block, norms, x)
+    if parts is None:
         return original(x)
-    relu, downsample = block.relu, block.downsample
-    bns = [getattr(block, name) for name in norms]
+    *bns, relu = parts
+    downsample = block.downsample
     out = norm_relu(bns[0], relu, x)
     identity = x if downsample is None else convolve(downsample, out)
     out = convolve(block.conv1, out)
@@ -316,10 +319,12 @@ def stem(model: Any, x: Tensor, norms: tuple[str, ...] = STEM) -> Tensor:
     model: a module with relu and the norm named in `norms`; they are called as modules where fusing
     could be noticed.
     """
-    bn, relu = getattr(model, norms[0]), model.relu
-    if not block_ready(model, norms, x):
+    parts = block_parts(model, norms, x)
+    if parts is None:
+        bn, relu = getattr(model, norms[0]), model.relu
         fuse_norm = _has_parts(model, norms, x)  # where it is the ReLU that is called
         return cast(Tensor, relu(_norm_in_steps(bn, x) if fuse_norm else bn(x)))
+    bn, relu = parts
     return norm_relu(bn, relu, x)
 
 

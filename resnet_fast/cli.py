@@ -108,6 +108,8 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     what.add_argument("--inference", action="store_true", help=latency)
     calls = "the cost of the calls: ResNet-18 and 50 on 32 px; accelerate() of a ResNet-152"
     what.add_argument("--overhead", action="store_true", help=calls)
+    ways = "a small step of each way of use in docs/uses.md that has a speed"
+    what.add_argument("--uses", action="store_true", help=ways)
     nets, sizes = ["resnet18", "resnet50", "resnet101"], [1, 16, 64]
     which = "of --inference (default: all)"
     what.add_argument("--networks", nargs="+", choices=nets, default=nets, help=which)

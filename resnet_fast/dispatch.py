@@ -45,8 +45,10 @@ class _Recorder(threading.local):
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 _counts: dict[Event, int] = {}
-_taken: dict[str, Event] = {}  # the event of each op that the CPU kernels ran
+# How often the CPU kernels ran each op since note() said so, in a list of one; not in _counts.
+_taken: dict[str, list[int]] = {}
 _recorder = _Recorder()
+_open: list[int] = []  # one entry for each recording that is open, in any thread
 
 
 def note(op: str, impl: str, reason: str = "") -> None:
@@ -77,23 +79,27 @@ def _log(event: Event) -> None:
 
 def took(op: str) -> None:
     """note() that the CPU kernels run `op`, for calls that at_once() has let through."""
-    event = _taken.get(op)
-    if event is None:
-        event = _taken[op] = Event(op, "cpu", "")
-    if event not in _counts or _recorder.lists:
-        note(*event)
+    count = _taken.get(op)
+    if count is None or _open:
+        note(op, "cpu")
+        _taken.setdefault(op, [0])
     else:
-        _counts[event] += 1
+        count[0] += 1
 
 
 def counters() -> dict[Event, int]:
     """How often each decision was taken since the start or the last reset_counters()."""
-    return dict(_counts)
+    counts = dict(_counts)
+    for op, (count,) in _taken.items():
+        event = Event(op, "cpu", "")
+        counts[event] = counts.get(event, 0) + count
+    return counts
 
 
 def reset_counters() -> None:
     """Forget what was counted."""
     _counts.clear()
+    _taken.clear()
 
 
 @contextmanager
@@ -101,9 +107,11 @@ def recording() -> Generator[list[Event], None, None]:
     """Collect the events of this thread, in order of calls, in the list it yields."""
     events: list[Event] = []
     _recorder.lists.append(events)
+    _open.append(1)
     try:
         yield events
     finally:
+        _open.pop()
         # NOTE: by identity: two lists of equal events are equal.
         _recorder.lists = [other for other in _recorder.lists if other is not events]
 

@@ -29,9 +29,10 @@ from resnet_fast.layout import is_channels_last
 _ops = torch.ops.resnet_fast
 _add_relu_forward = _ops.add_relu_forward.default
 _add_relu_backward = _ops.add_relu_backward.default
-_add_relu_inference = _ops.add_relu_inference.default
+# Those that no compiler sees are called past OpOverload's Python.
+_add_relu_inference = _ops.add_relu_inference.default._op
 _batch_norm_act_forward = _ops.batch_norm_act_forward.default
-_batch_norm_act_inference = _ops.batch_norm_act_inference.default
+_batch_norm_act_inference = _ops.batch_norm_act_inference.default._op
 _batch_norm_act_backward = _ops.batch_norm_act_backward.default
 _batch_norm_act_backward_ = _ops.batch_norm_act_backward_.default
 
@@ -128,7 +129,11 @@ def batch_norm_act(
         and eps > 0
         and type(momentum) is float
         and (running_mean is None) == (running_var is None)
-        and (not _checks.one_value(x.shape) if training else running_mean is not None)
+        and (
+            (x.size(0) > 1 or not _checks.one_value(x.shape))
+            if training
+            else running_mean is not None
+        )
     ):
         return _batch_norm_act_at_once(x, channel, residual, training, momentum, eps, activation)
     _checks.batch_norm_act(x, *channel, residual, training, activation)
@@ -166,7 +171,12 @@ def _batch_norm_act_at_once(
     relu = activation == "relu"
     dispatch.took("batch_norm_act")
     try:
-        if torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual):
+        if torch.is_grad_enabled() and (  # _needs_gradient(), without the call
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
             y = _batch_norm_act_straight(
                 x, weight, bias, residual, mean, var, training, momentum, eps, relu
             )
@@ -223,7 +233,7 @@ class _BatchNormAct(torch.autograd.Function):
             relu,
             save_mask,
         )
-        ctx.training, ctx.eps, ctx.relu = training, eps, relu
+        ctx.settings = training, eps, relu
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, mean, invstd, mask if save_mask else None)
         return cast(Tensor, y)
@@ -237,15 +247,16 @@ class _BatchNormAct(torch.autograd.Function):
             dx, dresidual, dweight, dbias = _second_order(ctx, grad)
         else:
             x, weight, bias, mean, invstd, mask = ctx.saved_tensors
+            training, _, relu = ctx.settings
             wanted = [want_x, want_residual, want_weight, want_bias]
             if want_x and may_overwrite(grad, x):
                 _, dresidual, dweight, dbias = _batch_norm_act_backward_(
-                    grad, x, mean, invstd, weight, bias, mask, ctx.training, ctx.relu, wanted
+                    grad, x, mean, invstd, weight, bias, mask, training, relu, wanted
                 )
                 dx = grad
             else:
                 dx, dresidual, dweight, dbias = _batch_norm_act_backward(
-                    grad, x, mean, invstd, weight, bias, mask, ctx.training, ctx.relu, wanted
+                    grad, x, mean, invstd, weight, bias, mask, training, relu, wanted
                 )
         return (
             dx if want_x else None,
@@ -262,11 +273,12 @@ _batch_norm_act_straight = straight(_BatchNormAct)
 def _second_order(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients, as a graph that can be differentiated again."""
     x, weight, bias, mean, invstd, mask = ctx.saved_tensors
+    training, eps, relu = ctx.settings
     keep = None if mask is None else _plain.unpack_mask(mask, x, is_channels_last(x))
-    if ctx.training:
-        mean, _, invstd = reference.batch_statistics(x, ctx.eps)
+    if training:
+        mean, _, invstd = reference.batch_statistics(x, eps)
     dx, dresidual, dweight, dbias = reference.batch_norm_act_backward(
-        grad, x, mean, invstd, weight, bias, keep, ctx.training, ctx.relu
+        grad, x, mean, invstd, weight, bias, keep, training, relu
     )
     param = _plain.param_dtype(dx.dtype, weight, bias)
     return dx.to(x.dtype), dresidual.to(x.dtype), dweight.to(param), dbias.to(param)

@@ -16,6 +16,7 @@ from resnet_fast import functional, synchronised
 from resnet_fast._ready import (
     State,
     frozen_norm,
+    plain_module,
     plain_norm,
     plain_state,
     plain_tensor,
@@ -29,9 +30,11 @@ from resnet_fast._ready import (
 
 def fusable(bn: nn.Module, x: Tensor) -> State | None:
     """bn's tensors if the fused op can stand for bn(x), or None."""
+    if plain_module(bn, nn.BatchNorm2d):  # said first of the common norm, to ask it once
+        return plain_state(bn) if plain_tensor(x) else None
     if not (plain_tensor(x) and plain_norm(bn)):
         return None
-    if torch.compiler.is_compiling() and type(bn) is nn.SyncBatchNorm:
+    if type(bn) is nn.SyncBatchNorm and torch.compiler.is_compiling():
         return None  # its collectives are the compiler's to place
     if bn._forward_pre_hooks:
         prune_now(bn, x)
@@ -43,7 +46,7 @@ def fused(
     bn: nn.Module, state: State, x: Tensor, residual: Tensor | None, activation: str | None
 ) -> Tensor:
     """bn(x), then + residual, then the activation; `state` is what fusable() gave."""
-    if not frozen_norm(bn):
+    if type(bn) is nn.BatchNorm2d or not frozen_norm(bn):
         return batch_norm(cast(nn.BatchNorm2d, bn), state, x, residual, activation)
     eps = cast(float, bn.eps)
     return functional.batch_norm_act(x, *state, residual=residual, eps=eps, activation=activation)

@@ -23,6 +23,7 @@ job = cli.load_bench("job")
 kernels = cli.load_bench("kernels")
 models = cli.load_bench("models")
 overhead = cli.load_bench("overhead")
+uses = cli.load_bench("uses")
 comparison = cli.load_bench("comparison")
 inference = cli.load_bench("inference")
 plot = cli.load_bench("plot")
@@ -393,6 +394,29 @@ def test_quick_run_of_the_overhead(tmp_path: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "The cost of the calls" in out
     assert "accelerate" in out
+
+
+def test_quick_run_of_the_uses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    options = ["--uses", "--quick", "--threads", "1", "--results", str(path)]
+    assert cli.main(["bench", *options]) == 0
+    found = rows.load(path)
+    assert [(row["kind"], row["row"], row["provider"]) for row in found] == [
+        ("use", use.row, provider) for use in uses.USES[:2] for provider in ("eager", "ours")
+    ]
+    for row in found:
+        assert set(rows.KEY) - {"card"} <= set(row)
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+        assert ("ratio_vs_eager" in row) == (row["provider"] == "ours")
+    assert "Ways of use" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("use", uses.USES, ids=lambda use: use.row)
+def test_the_steps_of_a_use_do_the_same_work(use: Any) -> None:
+    torch.manual_seed(0)
+    rivals, _, shape = uses.rivals_of(use, quick=True)  # compares the results
+    assert sorted(rivals) == ["eager", "ours"]
+    assert shape == [2, 3, 64, 64]
 
 
 def test_overhead_steps_do_the_same_work() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fast import dispatch
+from resnet_fast import _max_pool, dispatch
 from resnet_fast._max_pool import max_pool
 
 SETTINGS = [
@@ -14,6 +14,19 @@ SETTINGS = [
     {"kernel_size": (3, 2), "stride": (1, 2), "dilation": (1, 2), "ceil_mode": True},
 ]
 ORDERS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.fixture(autouse=True)
+def none_is_small(monkeypatch):
+    monkeypatch.setattr(_max_pool, "_SMALL", 0)
+
+
+def test_small_inputs_are_pytorchs_own(monkeypatch):
+    monkeypatch.undo()
+    pool = nn.MaxPool2d(2)
+    for width, own in ((2, True), (_max_pool._SMALL // 32, False)):
+        x = torch.randn(1, 4, 8, width).requires_grad_()
+        assert ("MaxPool2D" in type(max_pool(pool, x).grad_fn).__name__) == own
 
 
 def _input(order: torch.memory_format, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -22,6 +22,11 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 pytestmark = pytest.mark.skipif(not rf.is_available(), reason=str(rf.why_unavailable()))
 
 
+@pytest.fixture(autouse=True)
+def none_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_reuse, "_SMALL", 0)
+
+
 @pytest.fixture
 def overwrites(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by one with every backward that wrote over its gradient."""
@@ -104,6 +109,22 @@ def test_written_over_when_nobody_else_holds_it(overwrites: list[int]) -> None:
     y = leaf()
     (norm(y, y * 1) * 2).sum().backward()
     assert len(overwrites) == 2
+
+
+def test_not_where_the_tensor_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    calls: list[int] = []
+    raw = functional._batch_norm_act_backward_
+
+    def watched(*args: Any) -> Any:
+        calls.append(args[0].numel())
+        return raw(*args)
+
+    monkeypatch.setattr(functional, "_batch_norm_act_backward_", watched)
+    for numel in (_reuse._SMALL // 2, _reuse._SMALL):
+        x = torch.randn(2, 8, numel // 16).requires_grad_()
+        (norm(x) * 2).sum().backward()
+    assert calls == [_reuse._SMALL]
 
 
 def keep_by_hook(y: Tensor) -> Any:

@@ -4,24 +4,29 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent.parent / "docs" / "uses.md"
+ROOT = HERE.parent.parent
+PAGE = ROOT / "docs" / "uses.md"
+RESULTS = ROOT / "bench" / "results" / "cpu.jsonl"
+UNKNOWN = "not yet measured"
 
 HEAD = """\
 # Ways of use
 
 Written by `python tests/uses/table.py` from the rows that `tests/uses/` asserts: each is run on the
 untouched model and on the fast ones, with outputs, gradients, statistics and end results equal, and
-with the reasons of every fallback checked. Speed ratios belong here once rows under `bench/results`
-measure them; none does yet.
+with the reasons of every fallback checked. Speed is eager's time over ours, the median of rounds in
+turn, from the newest rows `use` of `bench/results/cpu.jsonl`, which
+`python -m resnet_fast bench --uses` writes.
 
-| row | way of use | path | why |
-|---|---|---|---|
+| row | way of use | path | speed against eager | why |
+|---|---|---|---|---|
 """
 
 
@@ -31,12 +36,29 @@ def ways() -> list[Any]:
     return [module.WAY for module in modules]
 
 
+def speeds(results: Path = RESULTS) -> dict[str, str]:
+    """For each number with a row of kind "use", what its newest one says."""
+    found: dict[str, str] = {}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["kind"] == "use" and row["provider"] == "ours" and not row["quick"]:
+            shape = "x".join(map(str, row["shape"]))
+            found[row["row"]] = (
+                f"{row['ratio_vs_eager']:.2f}x ({row['mode']}: {row['name']}, {shape}, "
+                f"{row['threads']} threads)"
+            )
+    return found
+
+
 def page() -> str:
     """docs/uses.md as it should be."""
     from ways import EXCEPT, FALLS_BACK, FAST
 
-    rows = ways()
-    lines = [f"| {w.number} | {w.name} | {w.status} | {w.why} |" for w in rows]
+    rows, speed = ways(), speeds()
+    lines = [
+        f"| {w.number} | {w.name} | {w.status} | {speed.get(w.number, UNKNOWN)} | {w.why} |"
+        for w in rows
+    ]
     counts = Counter(way.status for way in rows)
     tail = (
         f"\nOf {len(rows)} rows {counts[FAST]} run every block on the fast path, {counts[EXCEPT]} "

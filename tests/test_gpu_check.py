@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,16 @@ def test_wrong_arguments_are_refused(arguments: tuple[str, ...], tmp_path: Path)
     assert done.stderr == "usage: tools/gpu_check.sh [--dry-run] OUTDIR\n"
 
 
+def test_the_limits_are_ten_minutes_together() -> None:
+    """Of a run on a GPU: the dry run's own stages left out."""
+    script = (ROOT / "tools" / "gpu_check.sh").read_text()
+    dry, _, rest = script.partition("if ((dry)); then\n  skip build")[2].partition("\nelse\n")
+    assert "collect-only" in dry
+    stages = re.findall(r"(?:^ *stage|^ *with \S+) (\w+) (\d+) ", rest, re.MULTILINE)
+    assert {"build", "tests", "inference", "sanitizer", "plot"} <= {name for name, _ in stages}
+    assert sum(int(limit) for _, limit in stages) <= 600
+
+
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
     done = run("--dry-run", str(tmp_path), limit=600)
@@ -41,6 +52,7 @@ def test_dry_run(tmp_path: Path) -> None:
     )
     assert stages["kernels"] == "ok"
     assert stages["models"] == "ok"
+    assert stages["inference"] == "ok"
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert {row["kind"] for row in rows} >= {"copy", "model"}
+    assert {row["kind"] for row in rows} >= {"copy", "model", "inference"}
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: tools/gpu_check.sh [--dry-run] OUTDIR
 #
-# Builds for the card found, tests on it, checks memory accesses, measures kernels and training
-# steps, profiles the slowest kernels. Every stage has a time limit, ten minutes in all, and a failed
+# Builds for the card found, tests on it, checks memory accesses, measures kernels, training steps
+# and inference, profiles the slowest kernels. Every stage has a time limit, ten minutes in all, and a failed
 # stage stops none of the others. OUTDIR gets results.jsonl (a row per measurement), roofline.png,
 # table.txt, stages.tsv (stage, outcome, seconds) and a log per stage. Exit status: 0 if no stage
 # failed. PYTHON names the interpreter (default: .venv's, else python3).
@@ -91,6 +91,7 @@ if ((dry)); then
   bench=(--device cpu --quick --no-compile --rows "$rows")
   stage kernels 120 "$python" -m bench.gpu kernels "${bench[@]}" --dtypes bfloat16
   stage models 120 "$python" -m bench.gpu models "${bench[@]}"
+  stage inference 120 "$python" -m bench.gpu inference "${bench[@]}" --dtypes bfloat16
 else
   capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
   stage build 150 env RESNET_FAST_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability" \
@@ -99,21 +100,23 @@ else
     -k "(cuda or gpu) and not emulated"
   bench=(--rows "$rows")
   # bfloat16 first and with torch.compile, then the rest as far as the time goes.
-  stage kernels 80 "$python" -m bench.gpu kernels "${bench[@]}" --dtypes bfloat16 --batches 256 \
-    --seconds 65
-  stage kernels_more 60 "$python" -m bench.gpu kernels "${bench[@]}" --batches 32 256 \
-    --no-compile --seconds 48
-  stage models 100 "$python" -m bench.gpu models "${bench[@]}" --seconds 45
+  stage kernels 70 "$python" -m bench.gpu kernels "${bench[@]}" --dtypes bfloat16 --batches 256 \
+    --seconds 55
+  stage kernels_more 40 "$python" -m bench.gpu kernels "${bench[@]}" --batches 32 256 \
+    --no-compile --seconds 28
+  stage models 85 "$python" -m bench.gpu models "${bench[@]}" --seconds 35
+  # torch.compile's max-autotune comes last: what it does not finish is a row that says so.
+  stage inference 60 "$python" -m bench.gpu inference "${bench[@]}" --seconds 50
 fi
 with compute-sanitizer sanitizer 40 compute-sanitizer --error-exitcode 9 \
   "$python" -m pytest "${small_tests[@]}"
 device=cuda
 ((dry)) && device=cpu
-with ncu profile 25 ncu --kernel-name 'regex:bn_|add_relu|channel_reduce|merge_partials' \
+with ncu profile 20 ncu --kernel-name 'regex:bn_|add_relu|channel_reduce|merge_partials' \
   --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed \
   "$python" -m bench.gpu slowest --rows "$rows"
-stage table 20 "$python" -m bench.gpu table --device "$device" --rows "$rows"
-stage plot 20 "$python" -m bench.gpu plot --device "$device" --rows "$rows"
+stage table 15 "$python" -m bench.gpu table --device "$device" --rows "$rows"
+stage plot 15 "$python" -m bench.gpu plot --device "$device" --rows "$rows"
 [[ -f "$out/results.png" ]] && mv "$out/results.png" "$out/roofline.png"
 
 {

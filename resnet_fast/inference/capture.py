@@ -47,7 +47,7 @@ class GraphCache:
 
     function: of tensors, giving a list whose tensors are results; its weights must stay where they
     are. ready: brings an input to the dtype and layout that the function takes. limit: graphs kept
-    at the most; the one used longest ago is dropped.
+    at the most, by default MAX_GRAPHS; the one used longest ago is dropped.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class GraphCache:
         function: Callable[..., list[Any]],
         ready: Callable[[Tensor], Tensor],
         recorder: Recorder,
-        limit: int = MAX_GRAPHS,
+        limit: int | None = None,
     ) -> None:
         self._function, self._ready, self._recorder = function, ready, recorder
-        self._limit = limit
+        self._limit = MAX_GRAPHS if limit is None else limit
         self._graphs: OrderedDict[Hashable, Captured] = OrderedDict()
         self._failed: dict[Hashable, str] = {}
         self._lock = threading.Lock()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,20 @@ def test_the_fastest_is_chosen_and_runs(net: nn.Module, monkeypatch: pytest.Monk
         agrees(fast, net, X)
         assert len(called) == 3
     assert len(card.timed) == 3, "a shape is measured once"
+
+
+def test_a_candidate_for_other_convs_takes_no_part(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = on_card(monkeypatch, Card({"fast": 1.0}))
+    given = dataclasses.replace(candidate("fast"), fits=lambda spec: spec.residual)
+    with registry(given):
+        fast = rf.optimize_for_inference(net, X)
+        agrees(fast, net, X)
+        assert how(fast) == {"stem": PLAIN, "conv": "fast", "last": PLAIN}
+        rf.optimize_for_inference(net, X)(X)
+    assert [list(entry.seconds) for entry in plan.entries().values()] == [[], [PLAIN, "fast"], []]
+    assert not any(entry.refused for entry in plan.entries().values())
 
 
 def test_the_plain_one_stays_where_nothing_is_faster(
@@ -137,19 +152,24 @@ def test_what_the_dtype_cannot_hold_must_lie_where_it_lies_plainly() -> None:
     assert "elsewhere" in trial.disagrees(lambda x: plain(x).nan_to_num())
 
 
-@pytest.mark.parametrize("make", [candidates._conv_apply, candidates._conv_add_relu])
+OWN = [
+    (candidates._conv_apply, {"relu": True}),
+    (candidates._conv_apply, {"residual": True}),
+    (candidates._conv_apply, {"residual": True, "relu": True}),
+    (candidates._conv_add_relu, {"residual": True, "relu": True}),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("residual", [False, True])
-def test_our_own_candidates_are_admitted(make: Any, dtype: torch.dtype, residual: bool) -> None:
-    """By the same operators as on a GPU, here of CPU tensors; one asks for a residual."""
+@pytest.mark.parametrize(("make", "fused"), OWN)
+def test_our_own_candidates_are_admitted(
+    make: Any, fused: dict[str, bool], dtype: torch.dtype
+) -> None:
+    """By the same operators as on a GPU, here of CPU tensors."""
     if not rf.is_available():
         pytest.skip(str(rf.why_unavailable()))
-    spec, (weight, bias) = spec_of(residual=residual, relu=True), filter_of(dtype)
+    spec, (weight, bias) = spec_of(**fused), filter_of(dtype)
     bias = bias.double() if dtype is torch.float64 else bias
-    if make is candidates._conv_add_relu and not residual:
-        with pytest.raises(Unsuitable):
-            make(spec, weight, bias)
-        return
     plain = candidates.plain(spec, weight, bias)
     trial = Trial(spec, weight, bias, (3, 8, 6, 5), torch.channels_last, plain)
     assert trial.disagrees(make(spec, weight, bias)) == ""
@@ -165,8 +185,9 @@ def test_our_own_candidates_pool() -> None:
 
 def test_cudnns_convs_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, bias = filter_of()
-    with pytest.raises(Unsuitable, match="only convs with ReLU"):
-        candidates._cudnn(spec_of(residual=True), weight, bias)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    with pytest.raises(Unsuitable, match="cuDNN is missing"):
+        candidates._cudnn(spec_of(relu=True), weight, bias)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with pytest.raises(Unsuitable, match="deterministic"):

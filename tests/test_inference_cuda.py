@@ -14,6 +14,7 @@ from inference_devices import Card
 
 from resnet_fast.inference import candidates, cuda
 from resnet_fast.inference.choose import MeasuredKernels
+from resnet_fast.inference.fold import ConvSpec
 from resnet_fast.inference.kernels import NoKernels, kernels_for
 from resnet_fast.inference.plan import Plan
 from resnet_fast.inference.trace import NotTraceable
@@ -190,10 +191,21 @@ def test_kernels_of_each_device() -> None:
         other.make_conv(None, {}, torch.half)  # type: ignore[arg-type]
 
 
-def test_the_gpus_candidates() -> None:
-    names = [candidate.name for candidate in candidates.registered("cuda")]
-    assert names == [candidates.CUDNN, candidates.APPLY, candidates.ADD_RELU]
-    assert candidates.registered("cpu") == []
+FITTING = {
+    (False, False): [],
+    (False, True): [candidates.CUDNN, candidates.APPLY],
+    (True, False): [candidates.APPLY],
+    (True, True): [candidates.CUDNN, candidates.APPLY, candidates.ADD_RELU],
+}
+
+
+@pytest.mark.parametrize(("residual", "relu"), FITTING)
+def test_the_gpus_candidates(residual: bool, relu: bool) -> None:
+    spec = ConvSpec("conv", None, None, [1, 1], [1, 1], [1, 1], 1)  # type: ignore[arg-type]
+    spec.residual, spec.relu = residual, relu
+    names = [candidate.name for candidate in candidates.registered("cuda", spec)]
+    assert names == FITTING[residual, relu]
+    assert candidates.registered("cpu", spec) == []
 
 
 def test_settings_are_asked_for_at_each_call() -> None:

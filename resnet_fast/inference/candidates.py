@@ -35,12 +35,14 @@ class Candidate:
     tensor, or writes into the residual where ``spec.inplace`` allows it. It raises Unsuitable, or
     anything else, where it does not serve the conv. weight: (C_out, C_in / groups, kH, kW) in the
     dtype of x, in x's memory format. bias: (C_out,) in float32 (float64 for float64), or None.
-    devices: types of the devices it runs on.
+    devices: types of the devices it runs on. fits: whether it is for convs of this kind at all;
+    where not, no plan mentions it.
     """
 
     name: str
     make: Callable[[ConvSpec, Tensor, Tensor | None], Conv]
     devices: tuple[str, ...] = ("cuda",)
+    fits: Callable[[ConvSpec], bool] = lambda spec: True
 
 
 _registry: dict[str, Candidate] = {}
@@ -64,10 +66,14 @@ def unregister(name: str) -> None:
         del _registry[name]
 
 
-def registered(device: str) -> list[Candidate]:
-    """Candidates of a device type beside the plain one, in the order they were registered."""
+def registered(device: str, spec: ConvSpec) -> list[Candidate]:
+    """Candidates for a conv beside the plain one, in the order they were registered.
+
+    device: the type of its device.
+    """
     with _lock:
-        return [c for c in _registry.values() if device in c.devices]
+        known = list(_registry.values())
+    return [c for c in known if device in c.devices and c.fits(spec)]
 
 
 def pooled(spec: ConvSpec, conv: Conv) -> Conv:
@@ -105,8 +111,6 @@ def _need_kernels(weight: Tensor) -> None:
 
 def _conv_add_relu(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Conv:
     """conv with bias, then our add_relu."""
-    if not (spec.residual and spec.relu):
-        raise Unsuitable("only for a sum with ReLU")
     _need_kernels(weight)
     rest = (weight, None if bias is None else bias.to(weight.dtype), *_settings(spec))
     add_relu = torch.ops.resnet_fast.add_relu_forward.default
@@ -123,8 +127,8 @@ def _conv_apply(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Conv:
 
     PyTorch adds the bias of cuDNN's convs in a pass of its own; here it costs nothing more.
     """
-    if bias is None or not (spec.residual or spec.relu):
-        raise Unsuitable("only for a bias with a sum or ReLU")
+    if bias is None:
+        raise Unsuitable("there is no bias to add")
     _need_kernels(weight)
     rest = (weight, None, *_settings(spec))
     zeros, ones = torch.zeros_like(bias), torch.ones_like(bias)
@@ -145,8 +149,6 @@ def _conv_apply(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Conv:
 # ---- cuDNN's fused convs -------------------------------------------------------------------------
 def _cudnn(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Conv:
     """aten::cudnn_convolution_relu and _add_relu: private operators, so each may be missing."""
-    if not spec.relu:
-        raise Unsuitable("cuDNN fuses only convs with ReLU")
     if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
         raise Unsuitable("cuDNN is missing or switched off")
     if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
@@ -168,6 +170,6 @@ def _cudnn(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Conv:
 
 
 ADD_RELU, APPLY, CUDNN = "conv, add_relu", "conv, bias + add + relu in one", "cuDNN, fused"
-register(Candidate(CUDNN, _cudnn))
-register(Candidate(APPLY, _conv_apply))
-register(Candidate(ADD_RELU, _conv_add_relu))
+register(Candidate(CUDNN, _cudnn, fits=lambda spec: spec.relu))
+register(Candidate(APPLY, _conv_apply, fits=lambda spec: spec.residual or spec.relu))
+register(Candidate(ADD_RELU, _conv_add_relu, fits=lambda spec: spec.residual and spec.relu))

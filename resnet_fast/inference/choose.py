@@ -151,7 +151,7 @@ class MeasuredConv:
     def _found(self, x: Tensor, residual: Tensor | None) -> tuple[str, Conv, str]:
         """(name, conv, why others are left out) from the plan, else by measuring."""
         key = self._key(x)
-        others = {c.name: c for c in candidates.registered(self._type)}
+        others = {c.name: c for c in candidates.registered(self._type, self._spec)}
         entry = self._plan.get(key)
         if entry is not None and entry.covers({PLAIN, *others}):
             try:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +338,30 @@ def test_changed_settings_are_followed(net: nn.Module, monkeypatch: pytest.Monke
         agrees(fast, net, X)
         assert how(fast)["conv"] == "fast"
     assert len(card.timed) == 6, "the first settings' choices are in the plan"
+
+
+def test_what_a_graph_may_read_outlives_a_change_of_settings(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph recorded before holds addresses, and is replayed when the settings come back."""
+    card, made = Card({"fast": 1.0}), []
+    on_card(monkeypatch, card)
+    given = candidate("fast")
+
+    def make(*args: Any) -> Any:
+        conv = given.make(*args)
+        made.append((card.switches, weakref.ref(conv)))
+        return conv
+
+    with registry(dataclasses.replace(given, make=make)):
+        fast = rf.optimize_for_inference(net, X)
+        for switches in ("", "deterministic", "", "deterministic"):
+            card.switches = switches
+            fast(X)
+        fast(image(1, 3, 24, 24))
+    gc.collect()
+    assert all(conv() is not None for _, conv in made)
+    assert sorted(switches for switches, _ in made) == [""] * 3 + ["deterministic"] * 3
 
 
 def test_while_somebody_records_nothing_is_measured(

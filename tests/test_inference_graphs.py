@@ -105,6 +105,12 @@ def test_inside_somebody_elses_recording_it_is_the_function() -> None:
     assert recorder.captures == 0
 
 
+def test_an_empty_batch_is_not_recorded() -> None:
+    recorder = Recorder()
+    assert cache(recorder)([torch.ones(0, 3)])[0].shape == (0, 3)
+    assert recorder.captures == 0
+
+
 def test_inference_mode_leaves_no_tensor_that_cannot_be_written() -> None:
     run = cache(Recorder())
     with torch.inference_mode():

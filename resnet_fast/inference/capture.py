@@ -81,7 +81,8 @@ class GraphCache:
         settings: PyTorch's switches, which a graph recorded under others does not follow.
         """
         key = (settings, *(tuple(x.shape) for x in inputs))
-        if key in self._failed or self._recorder.recording():
+        empty = any(x.numel() == 0 for x in inputs)
+        if empty or key in self._failed or self._recorder.recording():
             return self._function(*map(self._ready, inputs))
         with self._lock:
             self._recorder.enter()

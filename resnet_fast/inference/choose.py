@@ -102,7 +102,9 @@ class MeasuredConv:
         self, spec: ConvSpec, weight: Tensor, bias: Tensor | None, kernels: MeasuredKernels
     ) -> None:
         self.known: dict[torch.Size, Conv] = {}
-        self._kept: dict[str, Conv] = {}  # of the candidates chosen; each may hold weights
+        # Functions that were chosen, each once under each settings. None is ever let go: recorded
+        # graphs read the weights that they hold.
+        self._kept: dict[tuple[str, candidates.Candidate], Conv] = {}
         self._spec, self._weight, self._bias = spec, weight, bias
         self._platform, self._plan = kernels.platform, kernels.plan
         self._type = kernels.device.type
@@ -130,7 +132,6 @@ class MeasuredConv:
         """Choose anew at the next call of each shape."""
         self.known.clear()
         self._chosen.clear()
-        self._kept.clear()
 
     # ---- choosing --------------------------------------------------------------------------------
     def _choose(self, x: Tensor, residual: Tensor | None) -> Conv:
@@ -144,7 +145,6 @@ class MeasuredConv:
                     if len(kept) >= MAX_SIZES:
                         kept.clear()
                 self._chosen[tuple(shape)] = name, why
-                self._kept[name] = conv
                 self.known[shape] = conv
             return self.known.get(shape, self._plain)
 
@@ -155,10 +155,7 @@ class MeasuredConv:
         entry = self._plan.get(key)
         if entry is not None and entry.covers({PLAIN, *others}):
             try:
-                conv = self._plain if entry.chosen == PLAIN else self._make(others[entry.chosen])
-                again = None if residual is None else residual.clone()
-                conv(x) if again is None else conv(x, again)
-                return entry.chosen, conv, _reasons(entry.refused)
+                return self._planned(entry, key, others, x, residual)
             except Exception as error:
                 logger.warning("the plan's %s failed, measured anew: %s", entry.chosen, error)
         if not self._plan.measure:
@@ -170,6 +167,24 @@ class MeasuredConv:
             logger.warning("%s: %s", self._spec.name, why)
             return PLAIN, self._plain, why
         self._plan.put(key, entry)
+        if entry.chosen != PLAIN:
+            self._kept[key.settings, others[entry.chosen]] = conv
+        return entry.chosen, conv, _reasons(entry.refused)
+
+    def _planned(
+        self,
+        entry: Entry,
+        key: ConvKey,
+        others: Mapping[str, candidates.Candidate],
+        x: Tensor,
+        residual: Tensor | None,
+    ) -> tuple[str, Conv, str]:
+        """What the plan says, tried once: on this machine it may be refused after all."""
+        if entry.chosen == PLAIN:
+            return PLAIN, self._plain, _reasons(entry.refused)
+        conv = self._make(others[entry.chosen], key.settings)
+        conv(x) if residual is None else conv(x, residual.clone())
+        self._kept[key.settings, others[entry.chosen]] = conv
         return entry.chosen, conv, _reasons(entry.refused)
 
     def _measured(
@@ -179,7 +194,7 @@ class MeasuredConv:
         made: dict[str, Conv] = {}
         for name, candidate in others.items():
             try:
-                made[name] = self._make(candidate)
+                made[name] = self._make(candidate, key.settings)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -205,9 +220,9 @@ class MeasuredConv:
         chosen = min(seconds, key=seconds.__getitem__)
         return Entry(chosen, seconds, refused), admitted[chosen]
 
-    def _make(self, candidate: candidates.Candidate) -> Conv:
+    def _make(self, candidate: candidates.Candidate, settings: str) -> Conv:
         """The candidate's function; one for all shapes that chose it, as it may hold weights."""
-        kept = self._kept.get(candidate.name)
+        kept = self._kept.get((settings, candidate))
         return kept or candidate.make(self._spec, self._weight, self._bias)
 
     def _key(self, x: Tensor) -> ConvKey:

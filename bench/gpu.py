@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``python -m bench.gpu {kernels,models,slowest,profile,table,plot}``: the benchmarks on a GPU.
+"""``python -m bench.gpu {kernels,models,inference,slowest,profile,table,plot}``: on a GPU.
 
-``kernels`` and ``models`` append rows to ``--rows`` (default: results/<card>.jsonl); ``table``
-prints what is there, ``plot`` draws it. ``slowest`` runs the ops that stay furthest below the copy
-bandwidth once more, for a profiler around it, and ``profile`` makes rows of what ncu wrote to
-``--csv``. ``--device cpu --quick`` is the dry run: tiny shapes, the same code.
+``kernels``, ``models`` and ``inference`` append rows to ``--rows`` (default: results/<card>.jsonl);
+``table`` prints what is there, ``plot`` draws it. ``slowest`` runs the ops that stay furthest below
+the copy bandwidth once more, for a profiler around it, and ``profile`` makes rows of what ncu wrote
+to ``--csv``. ``--device cpu --quick`` is the dry run: tiny shapes, the same code.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from . import gpu_kernels, gpu_models, gpu_plot, gpu_profile
+from . import gpu_inference, gpu_kernels, gpu_models, gpu_plot, gpu_profile
 from .kernels import Case, rivals_of
 from .layers import Layer
 from .rows import RESULTS, Row, append, context, load, newest
 
-WHAT = ("kernels", "models", "slowest", "profile", "table", "plot")
 DTYPES = ("bfloat16", "float16", "float32")
+COMMANDS = ("kernels", "models", "inference", "slowest", "profile", "table", "plot")
 
 
 def card_name(device: str) -> str:
@@ -57,7 +57,7 @@ def gpu_context(device: str, quick: bool, commit: str = "") -> Row:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--rows", type=Path, help="JSON lines to append to or to read")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds")
@@ -110,6 +110,21 @@ def model_options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def inference_options(options: argparse.Namespace) -> dict[str, Any]:
+    """gpu_inference.run's options: batch 1 for its latency, the largest for its rate."""
+    quick = options.quick
+    batches = (1, 16) if quick else (1, options.batches[0])
+    return {
+        "device": options.device,
+        "model": "resnet18" if quick else "resnet50",
+        "size": 64 if quick else 224,
+        "cells": [(n, d) for d in options.dtypes if d != "float32" for n in batches],
+        "compile": not options.no_compile,
+        "seconds": options.seconds,
+        "seconds_each": 0.05 if quick else 2.0,
+    }
+
+
 def slowest(rows: list[Row], count: int) -> list[Row]:
     """Our ops with the smallest share of the copy bandwidth."""
     ours = [r for r in newest(rows) if r["kind"] == "op" and r["provider"] == "ours"]
@@ -135,6 +150,7 @@ def table(rows: list[Row]) -> list[str]:
     lines = [f"{'what':44} {'dtype':18} {'layout':14} {'rival':8} {'ms p50':>9} {'of copy':>8}"]
     for row in newest(rows):
         what = f"{row['name']} {'x'.join(map(str, row['shape']))}"
+        what += ", graph" * (row["kind"] == "inference" and row["graph"])
         head = f"{what:44} {row['dtype']:18} {row['layout']:14} {row['provider']:8}"
         if row["kind"] == "failed":
             lines.append(f"{head} failed: {row['error']}")
@@ -149,7 +165,7 @@ def table(rows: list[Row]) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit code."""
     options = parse(arguments)
-    if options.what in ("kernels", "models", "profile"):
+    if options.what in ("kernels", "models", "inference", "profile"):
         common = gpu_context(options.device, options.quick, options.commit)
 
         def emit(row: Row) -> None:
@@ -163,6 +179,9 @@ def main(arguments: list[str]) -> int:
                 emit(row)
         elif options.what == "models":
             gpu_models.run(model_options(options), emit, say)
+        elif options.what == "inference":
+            if left := gpu_inference.run(inference_options(options), emit, say):
+                print(f"{left} cells were left out: the time was up")
         elif left := gpu_kernels.run(kernel_options(options), emit, say):
             print(f"{left} cases were left out: the time was up")
         return 0

@@ -28,7 +28,7 @@ from .timing import Timings, measure, quantile
 
 Call = Callable[[], object]
 # Relative error in norm that separates rounding from a wrong answer (which gives about 1.4).
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.5}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1, "int8": 0.5}
 
 
 def rise_of_memory(call: Call) -> int | None:
@@ -48,7 +48,7 @@ def rise_of_memory(call: Call) -> int | None:
     return max(kilobytes("VmHWM") - before, 0) * 1024
 
 
-def _difference(name: str, got: Any, expected: Tensor, dtype: str) -> float:
+def difference_of(name: str, got: Any, expected: Tensor, dtype: str) -> float:
     """Relative error in norm; RuntimeError where it is too large."""
     error = float((got.double() - expected.double()).norm() / expected.double().norm())
     if not error <= TOLERANCE[dtype]:
@@ -62,7 +62,7 @@ def _cells(job: Job) -> list[tuple[str, int, str]]:
     return [(m, n, d) for d in job.dtypes for m in models for n in sizes]
 
 
-def _lively(model: nn.Module) -> nn.Module:
+def lively(model: nn.Module) -> nn.Module:
     """As after training: logits of a fresh network hardly differ from image to image."""
     generator = torch.Generator().manual_seed(2)
     for module in model.modules():
@@ -85,7 +85,7 @@ def run_inference(job: Job, emit: Emit, progress: Progress) -> None:
             base, source = plain_resnet(name)
             size = 64 if job.quick else 224
             images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-            rivals = Rivals(_lively(base).eval(), dtype, job, images)
+            rivals = Rivals(lively(base).eval(), dtype, job, images)
             found = _prepared(rivals, images, base(images), dtype, say)
             limits = {"budget": 1.0, "min_rounds": 2} if job.quick else {"budget": 30.0}
             calls = {rival: call for rival, (call, _) in found.items()}
@@ -117,7 +117,7 @@ def _prepared(
             return run(x)
 
         try:
-            difference = _difference(rival, call(), expected, dtype)
+            difference = difference_of(rival, call(), expected, dtype)
             found[rival] = call, {"difference": difference, "memory_bytes": rise_of_memory(call)}
         except Exception as error:
             if rival.startswith("ours"):

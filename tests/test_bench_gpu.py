@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench import gpu, gpu_profile, gpu_timing
+from bench import gpu, gpu_inference, gpu_profile, gpu_timing
 
 
 @pytest.mark.parametrize(("size", "sets"), [(1 << 30, 2), (10 << 20, 15), (1, 32)])
@@ -67,3 +69,58 @@ def test_no_rows_is_said(what: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_commit_can_be_given() -> None:
     assert gpu.gpu_context("cpu", True, "abc")["commit"] == "abc"
+
+
+INFERENCE = {
+    "device": "cpu",
+    "model": "resnet18",
+    "size": 32,
+    "cells": [(1, "bfloat16")],
+    "compile": False,
+    "seconds": 100.0,
+    "seconds_each": 0.01,
+}
+
+
+def test_inference_rows() -> None:
+    """As on a GPU but for the graphs, which the CPU has not: rows that say so."""
+    rows: list[dict[str, Any]] = []
+    assert gpu_inference.run(INFERENCE, rows.append, lambda text: None) == 0
+    failed = [row for row in rows if row["kind"] == "failed"]
+    assert {(row["provider"], row["mode"]) for row in failed} == {
+        ("eager", gpu_inference.GRAPH),
+        ("ours", gpu_inference.GRAPH),
+    }
+    assert all("CUDA graphs" in row["error"] for row in failed)
+    done = {row["provider"]: row for row in rows if row["kind"] == "inference"}
+    assert set(done) == {"eager", "ours"}
+    assert done["ours"]["best_rival"] == "eager, eval"
+    assert all(row["latency"] and row["images_s"] == 1 / row["p50"] for row in done.values())
+    assert all(row["difference"] < 0.1 for row in done.values())
+    shared = {"time": "", "card": "", "cpu": "", "threads": 1, "allocator": ""}
+    assert len(gpu.table([{**shared, **row} for row in rows])) == 5
+
+
+def test_inference_without_time_leaves_its_cells_out() -> None:
+    rows: list[dict[str, Any]] = []
+    options = {**INFERENCE, "cells": [(1, "bfloat16"), (2, "float16")], "seconds": 0.0}
+    assert gpu_inference.run(options, rows.append, lambda text: None) == 2
+    assert rows == []
+
+
+def test_inference_batches_and_dtypes() -> None:
+    options = gpu.parse(["inference", "--device", "cpu"])
+    assert gpu.inference_options(options)["cells"] == [
+        (1, "bfloat16"),
+        (256, "bfloat16"),
+        (1, "float16"),
+        (256, "float16"),
+    ]
+
+
+def test_at_most_stops_what_asks_for_no_time() -> None:
+    with pytest.raises(TimeoutError, match="not done"), gpu_inference.at_most(0.02):
+        time.sleep(10)
+    with gpu_inference.at_most(0.05):
+        pass
+    time.sleep(0.06)  # no alarm is left behind

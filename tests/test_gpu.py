@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from inference_cases import agrees, eager, image, lively
 from torch import Tensor
 
 import resnet_fast as rf
 from resnet_fast import functional
+from resnet_fast.inference import Plan, capture, cuda
 
 pytestmark = [
     pytest.mark.gpu,
@@ -160,3 +163,144 @@ def test_under_autocast() -> None:
         eager = F.relu(F.batch_norm(z, None, None, t["weight"], t["bias"], training=True))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, eager, rtol=0.02, atol=0.02)
+
+
+# ---- optimize_for_inference ----------------------------------------------------------------------
+def network(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return lively(rf.models.resnet18(num_classes=10)).eval().cuda()
+
+
+def pictures(batch: int = 2, seed: int = 1) -> Tensor:
+    return image(batch, 3, 64, 64, seed=seed).cuda()
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
+def test_inference_agrees(dtype: torch.dtype, cuda_graph: bool) -> None:
+    """Twice: a shape's first call measures or records, the second runs what was found."""
+    model = network()
+    fast = rf.optimize_for_inference(model, pictures(), dtype=dtype, cuda_graph=cuda_graph)
+    for batch, seed in ((2, 1), (2, 2), (1, 3), (5, 4)):
+        x = pictures(batch, seed)
+        if dtype is torch.float64:
+            assert_close = torch.testing.assert_close
+            assert_close(fast(x), eager(model, x, dtype), rtol=1e-10, atol=1e-10)
+        else:
+            agrees(fast, model, x, dtype)
+    assert "no CUDA graph" not in str(rf.explain(fast))
+    half = dtype in (torch.bfloat16, torch.float16)
+    assert {key.layout for key in fast.plan.entries()} == {
+        "channels_last" if half else "contiguous"  # the tests run without TF32
+    }
+
+
+def test_inference_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the switch: other entries of the plan, and errors of TF32's size in eager as in ours."""
+    model, x = network(), pictures()
+    fast = rf.optimize_for_inference(model, x)
+    fast(x)
+    entries = len(fast.plan)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    agrees(fast, model, x)
+    assert {key.settings for key in fast.plan.entries()} == {"", "tf32"}
+    assert len(fast.plan) == 2 * entries
+
+
+def test_inference_measures_once_and_a_saved_plan_not_at_all(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = network(), pictures()
+    fast = rf.optimize_for_inference(model, x, dtype=torch.bfloat16)
+    fast(x)
+    measured = [entry for entry in fast.plan.entries().values() if entry.seconds]
+    assert measured, "nothing stood against F.conv2d"
+    for entry in measured:
+        assert entry.chosen == min(entry.seconds, key=entry.seconds.__getitem__)
+    path = fast.plan.save(tmp_path / "plan.json")
+
+    def seconds(*_: Any) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(cuda.Cuda, "seconds", seconds)
+    loaded = Plan.load(path, measure=False)
+    again = rf.optimize_for_inference(model, x, dtype=torch.bfloat16, plan=loaded)
+    agrees(again, model, x, torch.bfloat16)
+    assert str(rf.explain(again)) == str(rf.explain(fast))
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_inference_does_not_wait_for_the_gpu(cuda_graph: bool) -> None:
+    model, x = network(), pictures()
+    fast = rf.optimize_for_inference(model, x, dtype=torch.half, cuda_graph=cuda_graph)
+    fast(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fast(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    agrees(fast, model, x, torch.half)
+
+
+def test_graphs_of_several_shapes_streams_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # the same bits each time
+    fast = rf.optimize_for_inference(network(), pictures(), dtype=torch.half, cuda_graph=True)
+    inputs = [pictures(batch, seed) for batch in (1, 2, 3) for seed in (5, 6)]
+    expected = [fast(x) for x in inputs]
+    torch.cuda.synchronize()
+    wrong: list[Any] = []
+
+    def work(number: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for turn in range(20):
+                    which = (number + turn) % len(inputs)
+                    if not torch.equal(fast(inputs[which]), expected[which]):
+                        wrong.append(which)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert "no CUDA graph" not in str(rf.explain(fast))
+
+
+def test_graphs_follow_refreshed_weights() -> None:
+    model, x = network(), pictures()
+    fast = rf.optimize_for_inference(model, x, cuda_graph=True)
+    agrees(fast, model, x)
+    with torch.no_grad():
+        model.conv1.weight.mul_(-1.5)
+    with pytest.raises(RuntimeError, match="refresh"):
+        fast(x)
+    fast.refresh(model)
+    agrees(fast, model, x)
+
+
+def test_what_cannot_be_recorded_leaves_the_streams_as_they_were() -> None:
+    def waits(x: Tensor) -> list[Any]:
+        torch.cuda.synchronize() if torch.cuda.is_current_stream_capturing() else None
+        return [x * 2]
+
+    before = torch.cuda.current_stream()
+    run = capture.GraphCache(waits, lambda x: x, cuda.CudaGraphs(torch.device("cuda:0")))
+    x = pictures()
+    assert torch.equal(run([x])[0], x * 2)
+    assert len(run.reasons()) == 1
+    assert torch.cuda.current_stream() == before
+    assert torch.equal((x + 1).cpu(), x.cpu() + 1)
+
+
+def test_inference_inputs_must_be_on_the_models_device() -> None:
+    with pytest.raises(ValueError, match="example_input must be on the model's device"):
+        rf.optimize_for_inference(network(), pictures().cpu())
+    fast = rf.optimize_for_inference(network(), pictures())
+    with pytest.raises(ValueError, match="input is on cpu"):
+        fast(pictures().cpu())

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: tools/gpu_check.sh [--dry-run] OUTDIR
 #
-# Builds for the card found, tests on it, measures kernels and training steps, checks memory
-# accesses, profiles the slowest kernels. Every stage has a time limit; what one leaves over goes to
-# those after it, and all end within SECONDS_IN_ALL (default 570). A failed stage stops none of the
-# others. OUTDIR gets results.jsonl (a row per measurement, written as it is taken), table.txt,
+# Builds for the card found, tests on it, measures kernels, training steps and inference, checks
+# memory accesses, profiles the slowest kernels. Every stage has a time limit; what one leaves over
+# goes to those after it, and all end within SECONDS_IN_ALL (default 570). A failed stage stops none
+# of the others. OUTDIR gets results.jsonl (a row per measurement, written as it is taken), table.txt,
 # roofline.png, ncu.csv, stages.tsv (stage, outcome, seconds) and log.txt (what the stages said).
 # Exit status: 0 if no stage failed. PYTHON names the interpreter (default: .venv's, else python3),
 # COMMIT the commit where the copy has no .git.
@@ -117,6 +117,7 @@ if ((dry)); then
   stage tests 60 "$python" -m pytest "${cuda_tests[@]}" --collect-only
   stage kernels 120 "${kernels[@]}" "${bench[@]}" --dtypes bfloat16
   stage models 120 "$python" -m bench.gpu models "${bench[@]}"
+  stage inference 120 "$python" -m bench.gpu inference "${bench[@]}" --dtypes bfloat16
 else
   # The first import of torch reads gigabytes where nothing has read them yet.
   capability=$(timeout 120 "$python" -c \
@@ -135,6 +136,8 @@ else
   stage kernels 100 "${kernels[@]}" "${bench[@]}" --no-compile --dtypes bfloat16 \
     --seconds "$(within 75)"
   stage models 90 "$python" -m bench.gpu models "${bench[@]}" --no-compile --seconds 36
+  stage inference 60 "$python" -m bench.gpu inference "${bench[@]}" --no-compile \
+    --seconds "$(within 45)"
 fi
 # NOTE: without PyTorch's caching, or what lies behind a tensor is another part of the same block.
 with compute-sanitizer sanitizer 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

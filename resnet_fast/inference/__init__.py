@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.inference.module import OptimizedModule
+from resnet_fast.inference.module import OptimizedModule, device_of
+from resnet_fast.inference.plan import Plan, PlanError
 
-__all__ = ["OptimizedModule", "optimize_for_inference"]
+__all__ = ["OptimizedModule", "Plan", "PlanError", "optimize_for_inference"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,6 +30,8 @@ def optimize_for_inference(
     *,
     dtype: torch.dtype | str | None = None,
     calibration: Iterable[Any] | None = None,
+    cuda_graph: bool = False,
+    plan: Plan | None = None,
 ) -> OptimizedModule:
     """A module that computes what ``model.eval()`` does, as fast as it can be here.
 
@@ -40,12 +43,18 @@ def optimize_for_inference(
         returned says how near they come.
     calibration: for "int8" only: batches of images, or of (images, ...), that can be gone through
         more than once, as a list or a DataLoader can.
+    cuda_graph: on CUDA, record the whole call as a CUDA graph at the first call of each input
+        shape and replay it afterwards. Of many shapes the graphs used last are kept.
+    plan: on CUDA, the choices of an earlier process (``Plan.load(path)``), used without measuring;
+        what it lacks is measured at the first call of a shape and added. By default an empty one,
+        which the result's ``plan`` gives to print and save.
 
-    Parameters of the result are private copies. A later change of the model's weights or hooks
-    makes its calls raise RuntimeError until ``refresh(model)``. A module with forward hooks is
-    called for what it is, on a private copy, and the rest is folded; a hook that changes weights or
-    gives another shape makes the call raise RuntimeError. What cannot be folded or traced runs as
-    it is, and ``explain()`` says why. Raises TypeError or ValueError for bad arguments.
+    The result stays on the device of the model and example_input. Its parameters are private
+    copies: a later change of the model's weights or hooks makes its calls raise RuntimeError until
+    ``refresh(model)``. A module with forward hooks is called for what it is, on a private copy, and
+    the rest is folded; a hook that changes weights or gives another shape makes the call raise
+    RuntimeError. What cannot be folded or traced runs as it is, and ``explain()`` says why. Raises
+    TypeError or ValueError for bad arguments.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -57,7 +66,11 @@ def optimize_for_inference(
         raise TypeError(f"example_input must be floating point; got {example_input.dtype}")
     if (dtype == "int8") != (calibration is not None):
         raise ValueError('calibration must be given with dtype="int8", and only then')
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, as Plan.load(path) gives; got {type(plan).__name__}")
     if calibration is not None:
+        if cuda_graph or plan is not None or device_of(model, example_input).type != "cpu":
+            raise ValueError('dtype="int8" runs on the CPU alone, without cuda_graph and plan')
         return _quantized(model, example_input, calibration)
     if dtype is None:
         floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
@@ -66,7 +79,7 @@ def optimize_for_inference(
         names = ", ".join(map(str, _DTYPES))
         raise ValueError(f'dtype must be one of {names}, "int8"; got {dtype!r}')
     assert isinstance(dtype, torch.dtype)
-    return OptimizedModule(model, example_input, dtype)
+    return OptimizedModule(model, example_input, dtype, cuda_graph=cuda_graph, plan=plan)
 
 
 def _quantized(model: nn.Module, example: Tensor, calibration: Iterable[Any]) -> OptimizedModule:

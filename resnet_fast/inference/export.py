@@ -111,7 +111,8 @@ def program(model: nn.Module, example_input: Tensor) -> torch.export.ExportedPro
     """The folded model through torch.export, with any batch size."""
     sizes = {0: torch.export.Dim("batch", min=1, max=65536)}
     # A batch of one would be taken as a constant.
-    sample = torch.zeros(2, *example_input.shape[1:], dtype=_dtype(model, example_input))
+    shape, device = (2, *example_input.shape[1:]), example_input.device
+    sample = torch.zeros(shape, dtype=_dtype(model, example_input), device=device)
     with torch.no_grad():
         return torch.export.export(
             fold(model, example_input), (sample,), dynamic_shapes=(sizes,), strict=False

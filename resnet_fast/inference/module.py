@@ -4,22 +4,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from resnet_fast.dispatch import logger
-from resnet_fast.inference import cpu
-from resnet_fast.inference.batches import pieces, samplewise
-from resnet_fast.inference.fold import MAX_SIZES
+from resnet_fast.inference.call import Call, Guard
+from resnet_fast.inference.capture import Recorder
+from resnet_fast.inference.cuda import CudaGraphs
 from resnet_fast.inference.fuse import fuse, fused_conv, module_name
 from resnet_fast.inference.hooks import Caller, Point, hook_call, hooked_modules, make_call
+from resnet_fast.inference.kernels import kernels_for
+from resnet_fast.inference.plan import Plan
 from resnet_fast.inference.program import compile_graph, evaluate_constants
 from resnet_fast.inference.table import Row, Table
-from resnet_fast.inference.trace import NotTraceable, Trace, capture, check_shape
+from resnet_fast.inference.trace import NotTraceable, Trace, capture
 from resnet_fast.inference.trace import private_copy as copy_of
 from resnet_fast.inference.watch import Watch
 
@@ -34,15 +35,27 @@ class OptimizedModule(nn.Module):
 
     _run: Callable[..., Any]
     _watch: Watch
-    _rows: list[Row]
+    _rows: Sequence[Row | Callable[[], Row]]
 
-    def __init__(self, model: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        dtype: torch.dtype,
+        *,
+        cuda_graph: bool = False,
+        plan: Plan | None = None,
+    ) -> None:
         super().__init__()
         self.training = False
         self.dtype = dtype
-        self.compute, self.why_compute = cpu.compute_dtype(dtype)
+        self.device = device_of(model, example)
+        self._kernels = kernels_for(self.device, plan)
+        self._cuda_graph = cuda_graph
+        if cuda_graph:
+            _recorder(self.device)  # ValueError where there are no graphs
+        self.compute, self.why_compute = self._kernels.compute_dtype(dtype)
         self._example = torch.empty(example.shape, dtype=example.dtype, device="meta")
-        cpu.let_malloc_keep()
         self.trace: Trace | None = None
         self._signature: list[Any] = []
         self._hooks: list[tuple[str, bool, bool]] = []
@@ -59,9 +72,22 @@ class OptimizedModule(nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         self._build(model)
 
+    @property
+    def plan(self) -> Plan | None:
+        """What was measured and chosen, to print and save; None on the CPU, which counts."""
+        return self._kernels.plan
+
     def explain(self) -> Table:
-        """What runs for each layer, and why where it is not the fast way."""
-        return Table(self._rows, self.why_compute)
+        """What runs for each layer, and why where it is not the fast way.
+
+        On CUDA a conv's row names the candidate chosen, for each input shape if they differ.
+        """
+        rows = [row if isinstance(row, Row) else row() for row in self._rows]
+        if isinstance(self._run, Call):
+            graphs = self._run.reasons()
+        else:
+            graphs = ["no CUDA graph: the model runs as it is"] * self._cuda_graph
+        return Table(rows, "\n".join(filter(None, [self.why_compute, *graphs])))
 
     def forward(self, *inputs: Any) -> Any:
         changed = self._watch.changed()
@@ -71,11 +97,17 @@ class OptimizedModule(nn.Module):
                 "refresh(model) on the optimized module to take it over"
             )
         with torch.no_grad():
+            if torch.is_autocast_enabled(self.device.type):  # dtype= says what to calculate in
+                with torch.autocast(self.device.type, enabled=False):
+                    return self._run(*inputs)
             return self._run(*inputs)
 
     # ---- building --------------------------------------------------------------------------------
     def _build(self, model: nn.Module) -> None:
         """Everything is made before anything is replaced."""
+        device = _model_device(model)
+        if device not in (self.device, None):
+            raise ValueError(f"model must be on {self.device}, as before; it is on {device}")
         watch = Watch(model)
         signature = _signature(model)
         if self._signature and signature != self._signature:
@@ -104,15 +136,17 @@ class OptimizedModule(nn.Module):
         return trace
 
     def _example_as(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self._example.shape, dtype=dtype, device="cpu")
+        return torch.empty(self._example.shape, dtype=dtype, device=self.device)
 
-    def _compile(self, trace: Trace, model: nn.Module) -> tuple[Callable[..., Any], list[Row]]:
+    def _compile(
+        self, trace: Trace, model: nn.Module
+    ) -> tuple[Callable[..., Any], list[Row | Callable[[], Row]]]:
         values = evaluate_constants(trace.graph, trace.known, state_of(trace, model))
-        rows: list[Row] = []
+        rows: list[Row | Callable[[], Row]] = []
 
         def make_conv(spec: Any, constants: Any) -> Callable[..., Tensor]:
-            function, how, why = cpu.make_conv(spec, constants, self.compute)
-            rows.append(Row(spec.name, spec.label(), how, why))
+            function, describe = self._kernels.make_conv(spec, constants, self.compute)
+            rows.append(lambda: Row(spec.name, spec.label(), *describe()))
             return function
 
         rest = {
@@ -132,17 +166,23 @@ class OptimizedModule(nn.Module):
             and n not in trace.known
             and n.target not in (fused_conv, hook_call, operator.getitem)
         ]
-        return _Call(run, trace, self.dtype, self.compute, guard), rows
+        call = Call(run, trace, self._kernels, (self.dtype, self.compute), guard)
+        if self._cuda_graph:
+            # One for these weights: graphs of the old ones, in other threads, have another pool.
+            call.record(_recorder(self.device))
+        return call, rows
 
-    def _hook_calls(self, trace: Trace, model: nn.Module) -> tuple[list[Caller], _Guard | None]:
+    def _hook_calls(self, trace: Trace, model: nn.Module) -> tuple[list[Caller], Guard | None]:
         """What the trace's hook_calls call, in a private copy with hooks, and the copy's guard."""
         if not trace.points:
             return [], None
         twin = copy_of(model).to(self.compute)
         calls = [make_call(point, twin, trace.shapes) for point in trace.points]
-        return calls, _Guard(twin)
+        return calls, Guard(twin)
 
-    def _as_module(self, model: nn.Module, why: str) -> tuple[Callable[..., Any], list[Row]]:
+    def _as_module(
+        self, model: nn.Module, why: str
+    ) -> tuple[Callable[..., Any], list[Row | Callable[[], Row]]]:
         logger.warning("optimize_for_inference: the model runs as it is: %s", why)
         twin = copy_of(model).to(self.dtype)
 
@@ -172,90 +212,6 @@ class OptimizedModule(nn.Module):
         )
 
 
-class _Call:
-    """One compiled trace: checks, layout and dtype of the inputs, pieces of the batch."""
-
-    def __init__(
-        self,
-        run: Callable[..., Any],
-        trace: Trace,
-        dtype: torch.dtype,
-        compute: torch.dtype,
-        guard: _Guard | None,
-    ) -> None:
-        self._function, self._trace, self._guard = run, trace, guard
-        self._dtype, self._compute = dtype, compute
-        self._seen: dict[Any, list[int]] = {}
-        self._out_spec = trace.out_spec
-        self._single = trace.out_spec.is_leaf()
-        self._samplewise = samplewise(trace)
-
-    def __call__(self, *inputs: Any) -> Any:
-        leaves = pytree.tree_leaves(inputs) if len(inputs) != 1 else list(inputs)
-        key = (
-            tuple((x.shape, x.dtype, x.device) for x in leaves)
-            if all(map(_is_tensor, leaves))
-            else None
-        )
-        sizes = self._seen.get(key)
-        if sizes is None:
-            sizes = self._admit(leaves)
-            if len(self._seen) >= MAX_SIZES:
-                self._seen.clear()
-            self._seen[key] = sizes
-        if sizes:
-            split = zip(*(x.split(sizes) for x in leaves))  # noqa: B905
-            parts = [self._function([*map(self._ready, piece)]) for piece in split]
-            outputs = [torch.cat(group) for group in zip(*parts)]  # noqa: B905
-        else:
-            outputs = self._function([*map(self._ready, leaves)])
-        if self._guard is not None:
-            self._guard.check()
-        if self._dtype is not self._compute:
-            outputs = [
-                y.to(self._dtype) if isinstance(y, Tensor) and y.dtype is self._compute else y
-                for y in outputs
-            ]
-        return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
-
-    def _admit(self, leaves: list[Any]) -> list[int]:
-        """Check inputs of shapes not seen before; returns the sizes of the batch's pieces."""
-        if len(leaves) != len(self._trace.shapes):
-            raise TypeError(f"expected {len(self._trace.shapes)} inputs; got {len(leaves)}")
-        for x in leaves:
-            if not isinstance(x, Tensor):
-                raise TypeError(f"inputs must be tensors; got {type(x).__name__}")
-            self._check(x)
-        check_shape(self._trace, leaves)
-        return pieces(self._trace, leaves[0].shape) if self._samplewise else []
-
-    def _check(self, x: Tensor) -> None:
-        if x.device.type != "cpu":
-            raise ValueError(f"input is on {x.device}; the optimized module is on cpu")
-        if not x.is_floating_point():
-            raise TypeError(f"input must be floating point; got {x.dtype}")
-
-    def _ready(self, x: Tensor) -> Tensor:
-        if x.dim() == 4:
-            return x.to(self._compute, memory_format=torch.channels_last)
-        return x.to(self._compute)
-
-
-class _Guard:
-    """What is folded does not see what a hook writes to the modules it is given."""
-
-    def __init__(self, twin: nn.Module) -> None:
-        self._twin, self._watch = twin, Watch(twin)
-
-    def check(self) -> None:
-        changed = self._watch.changed()
-        if changed is not None:
-            raise RuntimeError(
-                f"a forward hook changed {changed} of its private copy, which is folded: hooks "
-                "may read and replace what passes; for this one call the model itself"
-            )
-
-
 def _hook_row(point: Point) -> Row:
     """The table's row of a hooked module."""
     name = point.name or "(model)"
@@ -265,8 +221,34 @@ def _hook_row(point: Point) -> Row:
     return Row(name, "forward hooks", "hooks", f"called with {what}; its inside is folded")
 
 
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
+def device_of(model: nn.Module, example: Tensor) -> torch.device:
+    """The one device of the model and the example; ValueError where there are several."""
+    device = _model_device(model)
+    if device is None:
+        return example.device
+    if example.device != device and example.device.type != "meta":
+        raise ValueError(
+            f"example_input must be on the model's device, {device}; it is on {example.device}"
+        )
+    return device
+
+
+def _model_device(model: nn.Module) -> torch.device | None:
+    """The device of parameters and buffers, None where there are none; ValueError for several."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, t in tensors:
+        if t.device != tensors[0][1].device:
+            first, device = tensors[0][0], tensors[0][1].device
+            raise ValueError(
+                f"model must be on one device: {first} is on {device}, {name} on {t.device}"
+            )
+    return tensors[0][1].device if tensors else None
+
+
+def _recorder(device: torch.device) -> Recorder:
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph=True needs a model on a CUDA device; it is on {device}")
+    return CudaGraphs(device)
 
 
 def state_of(trace: Trace, model: nn.Module) -> dict[str, Tensor]:

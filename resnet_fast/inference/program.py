@@ -58,9 +58,8 @@ def compile_graph(
     make_conv: ConvMaker,
     hook_calls: Sequence[Caller] = (),
 ) -> Callable[..., Any]:
-    """The graph as a function of the list of its inputs, returning the list of its outputs.
+    """The graph as a function of its inputs, returning the list of its outputs.
 
-    The list is emptied: an input that nobody else holds is gone after its last use, too.
     hook_calls: what each hook_call calls, by its number.
     """
     writer = Writer(constants)
@@ -82,9 +81,8 @@ def compile_graph(
             else:
                 writer.call(node, node.target, node.args, node.kwargs)
             _release(writer, node)
-    given = "".join(f"x{n}, " for n in range(len(inputs)))
-    unpack = [f"({given}) = inputs", "inputs.clear()"]
-    source = "def run(inputs):\n    " + "\n    ".join([*unpack, *writer.lines])
+    source = f"def run({', '.join(f'x{n}' for n in range(len(inputs)))}):\n    "
+    source += "\n    ".join(writer.lines)
     exec(compile(source, "<resnet_fast.inference>", "exec"), writer.scope)
     run: Callable[..., Any] = writer.scope["run"]
     return run

@@ -31,7 +31,7 @@ class ResNetEncoder(Original):  # type: ignore[misc]
             return cast("list[Tensor]", super().forward(x))
         features, depth = [x], self._depth
         if depth >= 1:
-            x = blocks.stem(self, self.conv1(x))
+            x = blocks.stem(self, blocks.convolve_alone(self.conv1, x))
             features.append(x)
         if depth >= 2:
             x = self.layer1(blocks.stem_pool(self.maxpool, x))

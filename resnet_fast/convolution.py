@@ -30,6 +30,7 @@ from resnet_fast.layout import is_channels_last
 
 _ops = torch.ops.resnet_fast
 _convolution_backward = torch.ops.aten.convolution_backward.default
+_fp32_precision = torch._C._get_fp32_precision_getter
 _HALF = (torch.float16, torch.bfloat16)
 # Multiplications from which another kernel pays for its call.
 FROM_MACS = {torch.float32: 1 << 24, torch.float16: 1 << 20, torch.bfloat16: 1 << 20}
@@ -42,6 +43,7 @@ Pair = tuple[int, int]
 
 # The kernels; 2 and 4 are Winograd's tiles.
 PLAIN, POINTWISE, COLUMNS = 0, 1, 9
+_MATRICES = (POINTWISE, COLUMNS)
 COLUMN_BYTES = 4 << 20  # of gathered windows at once, so that they stay in the caches
 
 
@@ -75,7 +77,7 @@ def conv2d(
     if dispatch.at_once(x, None, (weight,)) and x.dim() == 4 and weight.dim() == 4:
         autocast = _autocast_dtype(x)
         way = _way(x, weight, autocast, stride, padding, dilation, groups)
-    if way is None:
+    if way is None or (way.wgrad in _MATRICES and _rounds_matrices()):
         return F.conv2d(x, weight, None, stride, padding, dilation, groups)
     dtype = autocast or x.dtype
     if x.dtype is not dtype:
@@ -98,6 +100,14 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled("cpu") or x.dtype is torch.float64:
         return None
     return torch.get_autocast_dtype("cpu")
+
+
+def _rounds_matrices() -> bool:
+    """Whether set_float32_matmul_precision lets matrix products round to fewer bits.
+
+    It says nothing of convolutions, so a product may not stand for one then.
+    """
+    return _fp32_precision("mkldnn", "matmul") in ("bf16", "tf32")
 
 
 def _way(x: Tensor, weight: Tensor, autocast: torch.dtype | None, *arguments: Any) -> Way | None:

@@ -267,8 +267,8 @@ def test_frozen_backbone() -> None:
         if wanting:
             assert (seen.winograd, seen.plain) == (wanting != "fc", 0)
         else:
-            assert seen.winograd >= 8
-            assert seen.plain >= 4  # the stem's, and three with stride 2
+            assert seen.winograd == 7  # layer1's and layer2's; the other maps are too small
+            assert seen.plain == 10
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
@@ -293,9 +293,4 @@ def test_resnet18(dtype: torch.dtype | None) -> None:
             error[name] = [max(peak, float(t.abs().max())) for peak, t in peaks]
     eps = torch.finfo(dtype or torch.float32).eps
     bad = {name: e for name, e in error.items() if e[0] > 2 * e[1] + eps * e[2]}
-    print(
-        "largest ratio",
-        max(e[0] / e[1] for e in error.values()),
-        sorted(e[0] / e[1] for e in error.values())[-5:],
-    )
     assert not bad

@@ -7,7 +7,7 @@ Its kernels start at sizes that would make a slow suite: `every_size` lowers tha
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,6 +231,29 @@ def test_what_pytorch_computes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert way_of(ONE, x, weight) is None
 
 
+@pytest.fixture
+def products_in_bfloat16() -> Iterator[None]:
+    """As torch.set_float32_matmul_precision("medium") has them."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    yield
+    settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("conv", [STRIDED, ONE, SMALLER], ids=str)
+def test_products_in_fewer_bits(conv: Conv, products_in_bfloat16: None) -> None:
+    """That is no word about convolutions: no product stands for one then."""
+    x, weight, grad = conv.make()
+    assert way_of(conv, x, weight) is not None
+    with dispatch.recording() as events:
+        ours = run(convolution.conv2d, x, weight, grad, conv)
+    assert not events
+    theirs = run(eager, x, weight, grad, conv)
+    for name, result in ours.items():
+        assert torch.equal(result, theirs[name])
+
+
 # ---- autograd ------------------------------------------------------------------------------------
 class Seen(TorchDispatchMode):
     """The names of the operators that ran."""
@@ -344,7 +367,7 @@ def test_saved(dtype: torch.dtype) -> None:
     for conv in (WINOGRAD, STRIDED, ONE, SMALLER):
         x, weight, _ = conv.make(dtype)
         saved: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: x):
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, id):
             convolution.conv2d(x, weight.requires_grad_(), *conv.arguments())
         assert [t.data_ptr() for t in saved] == [x.data_ptr(), weight.data_ptr()]
 

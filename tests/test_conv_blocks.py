@@ -20,15 +20,9 @@ from resnet_fast import blocks, convolution
 
 pytestmark = [
     pytest.mark.skipif(not rf.is_available(), reason=str(rf.why_unavailable())),
+    pytest.mark.usefixtures("every_convolution"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # the older weight_norm
 ]
-
-
-@pytest.fixture(autouse=True)
-def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    for dtype in convolution.FROM_MACS:
-        monkeypatch.setitem(convolution.FROM_MACS, dtype, 1)
-    monkeypatch.setattr(convolution, "_ways", {})
 
 
 @pytest.fixture

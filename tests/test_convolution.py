@@ -1,166 +1,41 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """convolution.conv2d: output and both gradients against float64, by every way it can take.
 
-Its kernels start at sizes that would make a slow suite: `every_size` lowers that.
+Its errors, what transforms calls, and its table too; test_convolution_autograd.py has the rest.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import layouts
-import oracle
 import pytest
 import torch
-import torch.nn.functional as F
-import winograd
-from cases import word
+from convolutions import (
+    CONVS,
+    HALVES,
+    ONE,
+    SMALLER,
+    STRIDED,
+    WINOGRAD,
+    Conv,
+    Pair,
+    check,
+    eager,
+    run,
+    way_of,
+)
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast as rf
 from resnet_fast import convolution, dispatch, functional
 
-pytestmark = pytest.mark.skipif(not rf.is_available(), reason=str(rf.why_unavailable()))
-
-HALVES = (torch.bfloat16, torch.float16)
-PLAIN, POINTWISE, COLUMNS = convolution.PLAIN, convolution.POINTWISE, convolution.COLUMNS
-Pair = tuple[int, int]
-
-
-@pytest.fixture(autouse=True)
-def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Own kernels from one multiplication on, and no processor that multiplies in 16 bits."""
-    for dtype in convolution.FROM_MACS:
-        monkeypatch.setitem(convolution.FROM_MACS, dtype, 1)
-    monkeypatch.setattr(convolution, "_ways", {})
-    monkeypatch.setattr(convolution, "has_instructions", lambda dtype: False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conv:
-    kernel: int | Pair = 3
-    stride: int | Pair = 1
-    padding: int | Pair = 1
-    dilation: int | Pair = 1
-    groups: int = 1
-    channels: Pair = (32, 48)
-    n: int = 2
-    size: Pair = (14, 13)
-
-    def __str__(self) -> str:
-        return "-".join(word(v) for v in vars(self).values())
-
-    def arguments(self) -> tuple[Any, ...]:
-        return self.stride, self.padding, self.dilation, self.groups
-
-    def make(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-        """(x channels-last, weight, grad)."""
-        c_in, c_out = self.channels
-        kernel = _pair(self.kernel)
-        x = layouts.channels_last(torch.randn(self.n, c_in, *self.size) + 0.25).to(dtype)
-        weight = (torch.randn(c_out, c_in // self.groups, *kernel) / 8).to(dtype)
-        y = F.conv2d(x.float(), weight.float(), None, *self.arguments())
-        return x, weight, torch.randn_like(y).to(dtype)
-
-
-def _pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else value
-
-
-# A convolution, and the kernels of its forward, its input's and its weight's gradient when x is
-# channels-last: Winograd's tile, or PLAIN, POINTWISE, COLUMNS.
-CONVS = [
-    (Conv(size=(28, 28), n=8), (4, 4, 4)),
-    (Conv(size=(7, 7), n=24, channels=(16, 80)), (2, 2, 2)),
-    (Conv(size=(20, 22), n=16, padding=0), (4, 4, 4)),
-    (Conv(size=(20, 22), n=16, padding=(2, 1)), (4, 4, 4)),
-    (Conv(size=(18, 18), n=1, padding=0, channels=(64, 64)), (PLAIN, 2, PLAIN)),
-    (Conv(padding=3), (0, 0, 0)),
-    (Conv(channels=(31, 48), n=8), (0, 0, 0)),
-    (Conv(channels=(32, 40), n=8), (0, 0, 0)),
-    (Conv(stride=2), (PLAIN, PLAIN, COLUMNS)),
-    (Conv(stride=(1, 2), padding=0, n=1, channels=(3, 5)), (PLAIN, PLAIN, COLUMNS)),
-    (Conv(stride=(3, 1), padding=(2, 3), channels=(17, 16)), (PLAIN, PLAIN, COLUMNS)),
-    (Conv(kernel=1, padding=0), (POINTWISE, POINTWISE, POINTWISE)),
-    (Conv(kernel=1, padding=0, channels=(3, 7), n=1), (POINTWISE, POINTWISE, POINTWISE)),
-    (Conv(kernel=1, padding=0, channels=(5, 1)), (POINTWISE, POINTWISE, POINTWISE)),
-    (Conv(kernel=1, padding=0, stride=2), (POINTWISE, POINTWISE, POINTWISE)),
-    (Conv(kernel=1, padding=0, stride=(1, 2), n=1), (POINTWISE, POINTWISE, POINTWISE)),
-    (Conv(kernel=1, padding=0, stride=14), (POINTWISE, POINTWISE, POINTWISE)),
-    (Conv(kernel=1, padding=1), (0, 0, 0)),
-    (Conv(kernel=5, padding=2), (0, 0, 0)),
-    (Conv(kernel=7, padding=3, stride=2, channels=(3, 16)), (0, 0, 0)),
-    (Conv(kernel=(1, 3), padding=(0, 1)), (0, 0, 0)),
-    (Conv(groups=4), (0, 0, 0)),
-    (Conv(kernel=1, padding=0, groups=2), (0, 0, 0)),
-    (Conv(dilation=2, padding=2), (0, 0, 0)),
-    (Conv(stride=2, dilation=(1, 2)), (0, 0, 0)),
+pytestmark = [
+    pytest.mark.skipif(not rf.is_available(), reason=str(rf.why_unavailable())),
+    pytest.mark.usefixtures("every_convolution"),
 ]
-WINOGRAD, STRIDED, ONE, SMALLER = (CONVS[i][0] for i in (0, 8, 11, 14))
-
-
-def run(
-    conv2d: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, conv: Conv
-) -> dict[str, Tensor]:
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = conv2d(x, weight, *conv.arguments())
-    dx, dw = torch.autograd.grad(y, (x, weight), grad)
-    return {"y": y.detach(), "dx": dx, "dw": dw}
-
-
-def eager(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
-    return F.conv2d(x, weight, None, *arguments)
-
-
-def way_of(conv: Conv, x: Tensor, weight: Tensor) -> convolution.Way | None:
-    return convolution._choose(x, weight, None, *conv.arguments())
-
-
-def magnitudes(
-    x: Tensor, weight: Tensor, grad: Tensor, conv: Conv, way: convolution.Way | None
-) -> dict[str, Tensor]:
-    """The sums of absolute terms of each result, by the kernel that makes it."""
-    terms = run(eager, *(t.double().abs() for t in (x, weight, grad)), conv)
-    if way is None:
-        return terms
-    padding = way.padding
-    back = (2 - padding[0], 2 - padding[1])
-    if way.forward in (2, 4):
-        terms["y"] = winograd.convolve(x, weight, way.forward, padding, magnitude=True)
-    if way.dgrad in (2, 4):
-        turned = weight.transpose(0, 1).flip(2, 3)
-        terms["dx"] = winograd.convolve(grad, turned, way.dgrad, back, magnitude=True)
-    if way.wgrad in (2, 4):
-        terms["dw"] = winograd.weight_gradient(grad, x, way.wgrad, padding, magnitude=True)
-    return terms
-
-
-def check(x: Tensor, weight: Tensor, grad: Tensor, conv: Conv) -> None:
-    way = way_of(conv, x, weight)
-    with dispatch.recording() as events:
-        ours = run(convolution.conv2d, x, weight, grad, conv)
-    assert [e.op for e in events] == (["conv2d"] if way else [])
-    theirs = run(eager, x, weight, grad, conv)
-    exact = run(eager, x.double(), weight.double(), grad.double(), conv)
-    terms = magnitudes(x, weight, grad, conv, way)
-    same = (x.float(), weight.float()) if way and way.in_float32 else (x, weight)
-    assert ours["y"].stride() == eager(*same, *conv.arguments()).stride()
-    for name, result in ours.items():
-        channel = 0 if name == "dw" else 1
-        oracle.check(
-            name,
-            result,
-            theirs[name],
-            exact[name],
-            magnitude=terms[name],
-            accumulated=torch.float32,
-            channel=channel,
-            context=conv,
-        )
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -252,177 +127,6 @@ def test_products_in_fewer_bits(conv: Conv, products_in_bfloat16: None) -> None:
     theirs = run(eager, x, weight, grad, conv)
     for name, result in ours.items():
         assert torch.equal(result, theirs[name])
-
-
-# ---- autograd ------------------------------------------------------------------------------------
-class Seen(TorchDispatchMode):
-    """The names of the operators that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func._schema.name.split("::")[1])
-        return func(*args, **(kwargs or {}))
-
-
-def test_only_what_is_wanted() -> None:
-    kernels = {"conv_winograd", "conv_winograd_weight"}
-    for x_wants, weight_wants in ((True, True), (True, False), (False, True)):
-        x, weight, grad = WINOGRAD.make()
-        y = convolution.conv2d(
-            x.requires_grad_(x_wants), weight.requires_grad_(weight_wants), *WINOGRAD.arguments()
-        )
-        with Seen() as seen:
-            y.backward(grad)
-        wanted = [x_wants, weight_wants]
-        assert kernels & set(seen.names) == {
-            name for name, want in zip(sorted(kernels), wanted, strict=True) if want
-        }
-        assert [x.grad is not None, weight.grad is not None] == wanted
-    for conv in (ONE, STRIDED):
-        x, weight, grad = conv.make()
-        y = convolution.conv2d(x.requires_grad_(), weight, *conv.arguments())
-        with Seen() as seen:
-            y.backward(grad)
-        assert not {"addmm_", "addmm"} & set(seen.names)
-        assert seen.names.count("mm") <= 1
-    x, weight, _ = WINOGRAD.make()
-    with torch.no_grad():
-        assert convolution.conv2d(x, weight.requires_grad_(), *WINOGRAD.arguments()).is_leaf
-    with torch.inference_mode():
-        assert convolution.conv2d(x, weight, *WINOGRAD.arguments()).is_inference()
-
-
-@pytest.mark.parametrize("conv", [WINOGRAD, STRIDED, ONE, SMALLER], ids=str)
-def test_second_order(conv: Conv) -> None:
-    x, weight, grad = conv.make()
-    grad.requires_grad_()
-    results = []
-    for conv2d in (convolution.conv2d, eager):
-        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        y = conv2d(*leaves, *conv.arguments())
-        first = torch.autograd.grad(y, leaves, grad, create_graph=True)
-        total = sum(g.square().sum() for g in first)
-        results.append([*first, *torch.autograd.grad(total, [*leaves, grad])])
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("conv", [WINOGRAD, STRIDED, ONE, SMALLER], ids=str)
-def test_outputs_change_in_place(conv: Conv, dtype: torch.dtype) -> None:
-    """As those of F.conv2d do: no views of something else."""
-    x, weight, grad = conv.make(dtype)
-    results = []
-    for conv2d in (convolution.conv2d, eager):
-        w = weight.clone().requires_grad_()
-        y = conv2d(x.clone().requires_grad_(), w, *conv.arguments())
-        assert not y._is_view()
-        y += 1
-        y.mul_(2)
-        y.backward(grad)
-        assert w.grad is not None
-        w.grad += w  # with the graph on, as a penalty might
-        results.append(w.grad)
-    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("conv", [WINOGRAD, STRIDED, ONE, SMALLER], ids=str)
-def test_batched_gradients(conv: Conv) -> None:
-    x, weight, grad = conv.make()
-    grads = torch.stack([grad, 2 * grad])
-    x.requires_grad_()
-    weight.requires_grad_()
-    y = convolution.conv2d(x, weight, *conv.arguments())
-    ours = torch.autograd.grad(y, (x, weight), grads, is_grads_batched=True)
-    y = eager(x, weight, *conv.arguments())
-    theirs = torch.autograd.grad(y, (x, weight), grads, is_grads_batched=True)
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_hooks_on_tensors() -> None:
-    x, weight, grad = WINOGRAD.make()
-    x.requires_grad_()
-    weight.requires_grad_()
-    right = run(convolution.conv2d, x, weight, 2 * grad, WINOGRAD)
-    seen: list[str] = []
-    y = convolution.conv2d(x, weight, *WINOGRAD.arguments())
-    y.retain_grad()
-    y.register_hook(lambda g: seen.append("y") or 2 * g)
-    x.register_hook(lambda g: seen.append("x") or -g)
-    weight.register_post_accumulate_grad_hook(lambda w: seen.append("weight"))
-    y.backward(grad)
-    assert sorted(seen) == ["weight", "x", "y"]
-    assert y.grad is not None
-    assert torch.equal(y.grad, 2 * grad)
-    assert torch.equal(x.grad, -right["dx"])  # type: ignore[arg-type]
-    assert torch.equal(weight.grad, right["dw"])  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_saved(dtype: torch.dtype) -> None:
-    for conv in (WINOGRAD, STRIDED, ONE, SMALLER):
-        x, weight, _ = conv.make(dtype)
-        saved: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(saved.append, id):
-            convolution.conv2d(x, weight.requires_grad_(), *conv.arguments())
-        assert [t.data_ptr() for t in saved] == [x.data_ptr(), weight.data_ptr()]
-
-
-# ---- autocast ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("conv", [WINOGRAD, STRIDED, ONE, SMALLER], ids=str)
-def test_autocast(conv: Conv, dtype: torch.dtype, inside: bool) -> None:
-    x, weight, grad = conv.make(dtype)
-
-    def step(conv2d: Callable[..., Tensor]) -> dict[str, Tensor]:
-        leaves = x.float().requires_grad_(), weight.float().requires_grad_()
-        with torch.autocast("cpu", dtype):
-            y = conv2d(*leaves, *conv.arguments())
-            if inside:
-                y.backward(grad)
-        if not inside:
-            y.backward(grad)
-        assert torch.is_autocast_enabled("cpu") is False
-        dx, dw = (t.grad for t in leaves)
-        assert dx is not None
-        assert dw is not None
-        assert (y.dtype, dx.dtype, dw.dtype) == (dtype, torch.float32, torch.float32)
-        # Rounded to dtype on the way: back in it nothing is lost, and the rule knows its floor.
-        return {"y": y.detach(), "dx": dx.to(dtype), "dw": dw.to(dtype)}
-
-    with dispatch.recording() as events:
-        ours = step(convolution.conv2d)
-    assert [e.op for e in events] == ["conv2d"]
-    theirs = step(eager)
-    exact = run(eager, x.double(), weight.double(), grad.double(), conv)
-    terms = magnitudes(x, weight, grad, conv, way_of(conv, x, weight))
-    for name, result in ours.items():
-        oracle.check(
-            name,
-            result,
-            theirs[name],
-            exact[name],
-            magnitude=terms[name],
-            channel=int(name != "dw"),
-        )
-
-
-def test_a_way_under_autocast_is_none_without() -> None:
-    """x in 16 bits and weight in 32: cast under autocast, PyTorch's error otherwise."""
-    x, weight, _ = WINOGRAD.make()
-    x = x.bfloat16()
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="should be the same"):
-            convolution.conv2d(x, weight, *WINOGRAD.arguments())
-        with torch.autocast("cpu", torch.bfloat16), dispatch.recording() as events:
-            y = convolution.conv2d(x, weight, *WINOGRAD.arguments())
-        assert y.dtype is torch.bfloat16
-        assert [e.op for e in events] == ["conv2d"]
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import oracle
 import pytest
 import shims
 import torch
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast as rf
-from resnet_fast import blocks, convolution
+from resnet_fast import blocks, convolution, dispatch
 
 pytestmark = [
     pytest.mark.skipif(not rf.is_available(), reason=str(rf.why_unavailable())),
@@ -263,6 +264,23 @@ def test_frozen_backbone() -> None:
         else:
             assert seen.winograd == 7  # layer1's and layer2's; the other maps are too small
             assert seen.plain == 10
+
+
+@pytest.mark.parametrize("name", ["resnet20", "preact_resnet18"])
+def test_own_models_train(name: str) -> None:
+    """Pre-activation blocks add to a convolution's output in place."""
+    torch.manual_seed(0)
+    model = rf.models.create_model(name, num_classes=10).to(memory_format=torch.channels_last)
+    x = rows(16, 3, 32, 32)
+    with rf.use_backend("reference"):
+        exact = copy.deepcopy(model).double()(x.double())
+        eager = copy.deepcopy(model)(x)
+    with dispatch.recording() as events:
+        y = model(x)
+    assert [e.op for e in events].count("conv2d") >= 10
+    oracle.check("y", y, eager, exact)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])

@@ -15,6 +15,7 @@ from inference_cases import agrees, eager, image, lively, table
 from torch import Tensor, nn
 
 import resnet_fast as rf
+from resnet_fast import _conv
 from resnet_fast.inference import batches, cpu, winograd
 
 torchvision: Any = shims.torchvision_or_skip()
@@ -77,7 +78,7 @@ def test_dtypes(resnet18: nn.Module, dtype: torch.dtype) -> None:
 
 def test_bfloat16_instructions(resnet18: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU that has them: oneDNN's bfloat16 convs, here in emulation."""
-    monkeypatch.setattr(cpu, "_has_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu, "has_instructions", lambda dtype: True)
     fast = rf.optimize_for_inference(resnet18, X, dtype=torch.bfloat16)
     assert fast.compute is torch.bfloat16
     assert table(fast)["layer1.0.conv2"][1] == cpu.PACKED
@@ -87,7 +88,7 @@ def test_bfloat16_instructions(resnet18: nn.Module, monkeypatch: pytest.MonkeyPa
 def test_bfloat16_without_instructions_is_said(
     resnet18: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_has_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu, "has_instructions", lambda dtype: False)
     fast = rf.optimize_for_inference(resnet18, X, dtype=torch.bfloat16)
     assert "no bfloat16 instructions" in str(rf.explain(fast))
 
@@ -307,12 +308,12 @@ def test_no_private_operators(resnet18: nn.Module, monkeypatch: pytest.MonkeyPat
 
 def test_tiles_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large maps, small maps and single pixels take another way each, and all agree."""
-    chosen = {size: winograd.choose_tile(size, [1, 1]) for size in CONV_SIZES}
+    chosen = {size: _conv.choose_tile(size, [1, 1]) for size in CONV_SIZES}
     assert chosen == CONV_SIZES
     asked = []
-    choose = winograd.choose_tile
+    choose = _conv.choose_tile
     monkeypatch.setattr(
-        winograd, "choose_tile", lambda *args: asked.append(choose(*args)) or asked[-1]
+        _conv, "choose_tile", lambda *args: asked.append(choose(*args)) or asked[-1]
     )
     model = lively(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()))
     fast = rf.optimize_for_inference(model, image(1, 64, 8, 8))

@@ -195,12 +195,27 @@ def fake_winograd_(residual: Tensor, *args: object) -> None:
 
 
 def fake_winograd_pack(weight: Tensor, tile: int, transposed: bool) -> Tensor:
+    _check_tile(tile)
+    torch._check(
+        weight.dim() == 4 and tuple(weight.shape[2:]) == (3, 3),
+        lambda: f"weight must be float32 of shape (C_out, C_in, 3, 3); got {tuple(weight.shape)}",
+    )
     columns, rows = weight.shape[:2] if not transposed else reversed(weight.shape[:2])
     return weight.new_empty((tile + 2) ** 2, -(-columns // PANEL), rows, PANEL)
 
 
 def fake_winograd_weight(grad: Tensor, x: Tensor, padding: list[int], tile: int) -> Tensor:
+    _check_tile(tile)
+    torch._check(x.dim() == 4, lambda: f"x must have 4 dimensions; got {tuple(x.shape)}")
+    torch._check(grad.dim() == 4, lambda: f"grad must have 4 dimensions; got {tuple(grad.shape)}")
+    torch._check(
+        grad.device == x.device, lambda: f"grad must be on x's device {x.device}; got {grad.device}"
+    )
     return x.new_empty(grad.size(1), 3, 3, x.size(1)).permute(0, 3, 1, 2)
+
+
+def _check_tile(tile: int) -> None:
+    torch._check(tile in (2, 4), lambda: f"tile must be 2 or 4; got {tile}")
 
 
 def fake_stem(

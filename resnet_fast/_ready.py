@@ -196,6 +196,8 @@ def plain_conv(m: object) -> bool:
         and nn.Conv2d._conv_forward is _CONV_OF
         and nn.Conv2d.__call__ is _CALL
         and F.conv2d is _F_CONV
+        and "_conv_forward" not in m.__dict__  # type: ignore[attr-defined]
+        and "weight" not in m.__dict__  # type: ignore[attr-defined]
         and m._parameters.get("weight") is not None  # type: ignore[attr-defined]
         and m.bias is None  # type: ignore[attr-defined]
         and m.padding_mode == "zeros"  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from resnet_fast import dispatch
 from resnet_fast._autograd import differentiable_backward, straight
@@ -29,6 +30,7 @@ from resnet_fast.layout import is_channels_last
 
 _ops = torch.ops.resnet_fast
 _convolution_backward = torch.ops.aten.convolution_backward.default
+_fp32_precision = torch._C._get_fp32_precision_getter
 _HALF = (torch.float16, torch.bfloat16)
 # Multiplications from which another kernel pays for its call.
 FROM_MACS = {torch.float32: 1 << 24, torch.float16: 1 << 20, torch.bfloat16: 1 << 20}
@@ -42,6 +44,7 @@ Pair = tuple[int, int]
 # The kernels; 2 and 4 are Winograd's tiles.
 PLAIN, POINTWISE, COLUMNS = 0, 1, 9
 HUGE_FROM = 4 << 20  # bytes, as in csrc/torch/cpu/tensors.cpp
+_MATRICES = (POINTWISE, COLUMNS)
 COLUMN_BYTES = 4 << 20  # of gathered windows at once, so that they stay in the caches
 
 
@@ -68,14 +71,16 @@ def conv2d(
     """F.conv2d(x, weight, None, ...), differentiable to any order.
 
     x: (N, C_in, H, W). weight: (C_out, C_in / groups, kH, kW). Returns (N, C_out, H_out, W_out) in
-    the layout that F.conv2d gives. Under autocast in its dtype. Raises what F.conv2d does.
+    the layout that F.conv2d gives, 16 bits calculated in float32 in that of float32. Under autocast
+    in its dtype. Raises what F.conv2d does.
     """
     way = None
     if dispatch.at_once(x, None, (weight,)) and x.dim() == 4 and weight.dim() == 4:
-        dtype = _autocast_dtype(x) or x.dtype
-        way = _way(x, weight, dtype, stride, padding, dilation, groups)
-    if way is None:
+        autocast = _autocast_dtype(x)
+        way = _way(x, weight, autocast, stride, padding, dilation, groups)
+    if way is None or (way.wgrad in _MATRICES and _rounds_matrices()):
         return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    dtype = autocast or x.dtype
     if x.dtype is not dtype:
         x = x.to(dtype)
     if weight.dtype is not dtype:
@@ -98,9 +103,17 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype("cpu")
 
 
-def _way(x: Tensor, weight: Tensor, dtype: torch.dtype, *arguments: Any) -> Way | None:
-    """The way of a call; None for PyTorch's own."""
-    key = (x.shape, weight.shape, dtype, x.dtype, weight.dtype, is_channels_last(x), *arguments)
+def _rounds_matrices() -> bool:
+    """Whether set_float32_matmul_precision lets matrix products round to fewer bits.
+
+    It says nothing of convolutions, so a product may not stand for one then.
+    """
+    return _fp32_precision("mkldnn", "matmul") in ("bf16", "tf32")
+
+
+def _way(x: Tensor, weight: Tensor, autocast: torch.dtype | None, *arguments: Any) -> Way | None:
+    """The way of a call; None for PyTorch's own. autocast: what that casts to, None without."""
+    key = (x.shape, weight.shape, autocast, x.dtype, weight.dtype, is_channels_last(x), *arguments)
     try:
         return _ways[key]
     except KeyError:
@@ -110,23 +123,26 @@ def _way(x: Tensor, weight: Tensor, dtype: torch.dtype, *arguments: Any) -> Way 
     with _lock:
         if len(_ways) >= MAX_WAYS:
             _ways.clear()
-        way = _ways[key] = _choose(x, weight, dtype, *arguments)
+        way = _ways[key] = _choose(x, weight, autocast, *arguments)
     return way
 
 
 def _choose(
     x: Tensor,
     weight: Tensor,
-    dtype: torch.dtype,
+    autocast: torch.dtype | None,
     stride: Any,
     padding: Any,
     dilation: Any,
     groups: Any,
 ) -> Way | None:
     pairs = [_pair(v) for v in (stride, padding, dilation)]
-    if None in pairs or type(groups) is not int or not _fits(x, weight, dtype, groups):
+    if None in pairs or type(groups) is not int or not _fits(x, weight, autocast, groups):
         return None
     stride, padding, dilation = cast("list[Pair]", pairs)
+    if min(stride) < 1 or min(padding) < 0 or min(dilation) < 1:
+        return None
+    dtype = autocast or x.dtype
     c_out, per_group, *kernel = weight.shape
     size = [
         (x.size(d + 2) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
@@ -160,11 +176,10 @@ def _pair(value: Any) -> Pair | None:
     return None
 
 
-def _fits(x: Tensor, weight: Tensor, dtype: torch.dtype, groups: int) -> bool:
+def _fits(x: Tensor, weight: Tensor, autocast: torch.dtype | None, groups: int) -> bool:
     """Whether sizes and dtypes go together at all: if not, PyTorch says so in its words."""
-    same = x.dtype is weight.dtype or torch.is_autocast_enabled("cpu")
     return (
-        same
+        (x.dtype is weight.dtype or autocast is not None)
         and groups > 0
         and x.size(1) == weight.size(1) * groups
         and weight.size(0) % groups == 0
@@ -190,8 +205,7 @@ def _forward(x: Tensor, weight: Tensor, way: Way) -> Tensor:
         x, weight = _cast(x, torch.float32), weight.float()
     with _no_autocast():
         if way.forward == POINTWISE:
-            kept = _strided(x, way.stride)
-            y = _picture(_product(_rows(kept), weight.flatten(1).t()), kept)
+            y = _product(_strided(x, way.stride), weight.flatten(1).t())
         elif way.forward:
             y = _winograd(x, weight, way.padding, way.forward, False)
         else:
@@ -210,7 +224,7 @@ def _backward(
     dx = dw = None
     with _no_autocast():
         if wanted[0] and way.dgrad == POINTWISE:
-            dx = _picture(_product(_rows(grad), weight.flatten(1)), grad)
+            dx = _product(grad, weight.flatten(1))
             if way.stride != (1, 1):
                 dx, kept = _huge(torch.empty_like(x)).zero_(), dx
                 _strided(dx, way.stride).copy_(kept)
@@ -218,7 +232,8 @@ def _backward(
             padding = (2 - way.padding[0], 2 - way.padding[1])
             dx = _winograd(grad, weight, padding, way.dgrad, True)
         if wanted[1] and way.wgrad == POINTWISE:
-            dw = (_rows(grad).t() @ _rows(_strided(x, way.stride))).view_as(weight)
+            dw = weight.new_empty(weight.shape)
+            torch.mm(_rows(grad).t(), _rows(_strided(x, way.stride)), out=dw.flatten(1))
         elif wanted[1] and way.wgrad == COLUMNS:
             dw = _wgrad_by_columns(grad, x, weight, way)
         elif wanted[1] and way.wgrad:
@@ -260,7 +275,8 @@ def _wgrad_by_columns(grad: Tensor, x: Tensor, weight: Tensor, way: Way) -> Tens
     """The weight's gradient: the outputs' gradient times the windows that made each of them."""
     c_out, c_in, kh, kw = weight.shape
     _, _, height, width = grad.shape
-    taps = x.new_zeros(c_out, kh * kw * c_in)
+    dw = torch.empty_like(weight, memory_format=torch.channels_last).zero_()
+    taps = dw.permute(0, 2, 3, 1).view(c_out, -1)
     pictures = max(1, COLUMN_BYTES // (height * width * kh * kw * c_in * x.element_size()))
     for first in range(0, x.size(0), pictures):
         part = x[first : first + pictures].permute(0, 2, 3, 1)
@@ -272,17 +288,11 @@ def _wgrad_by_columns(grad: Tensor, x: Tensor, weight: Tensor, way: Way) -> Tens
         )
         columns = windows.reshape(-1, kh * kw * c_in)
         taps.addmm_(_rows(grad[first : first + pictures]).t(), columns)
-    return taps.view(c_out, kh, kw, c_in).permute(0, 3, 1, 2)
-
-
-def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows @ matrix, written to a tensor whose pages cost little."""
-    out = _huge(rows.new_empty(rows.size(0), matrix.size(1)))
-    return torch.mm(rows, matrix, out=out)
+    return dw
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), likewise."""
+    """x.to(dtype), written to a tensor whose pages cost little."""
     return x if x.dtype is dtype else _huge(torch.empty_like(x, dtype=dtype)).copy_(x)
 
 
@@ -303,10 +313,15 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.size(1))
 
 
-def _picture(rows: Tensor, like: Tensor) -> Tensor:
-    """(N H W, C) as (N, C, H, W), in channels-last order."""
-    n, _, height, width = like.shape
-    return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Every pixel of x (N, C, H, W) times matrix (C, D): (N, D, H, W) in channels-last order.
+
+    Written into what is no view: autograd would let nobody change a view in place.
+    """
+    size = (x.size(0), matrix.size(1), *x.shape[2:])
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    torch.mm(_rows(x), matrix, out=_rows(_huge(y)))
+    return y
 
 
 @contextmanager
@@ -317,6 +332,11 @@ def _no_autocast() -> Generator[None, None, None]:
             yield
     else:
         yield
+
+
+def _batched(grad: Tensor) -> bool:
+    """True for many gradients as one (is_grads_batched): PyTorch's operators alone take these."""
+    return is_legacy_batchedtensor(grad) or is_functorch_wrapped_tensor(grad)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -333,7 +353,7 @@ class _Conv2d(torch.autograd.Function):
             return None, None, None
         x, weight = ctx.saved_tensors
         wanted = [*ctx.needs_input_grad[:2], False]
-        if differentiable_backward():
+        if differentiable_backward() or _batched(grad):
             dx, dw, _ = _plain_backward(grad, x, weight, ctx.way, wanted)
             return dx if wanted[0] else None, dw if wanted[1] else None, None
         return *_backward(grad, x, weight, ctx.way, wanted), None

@@ -27,7 +27,7 @@ from devices import on_device  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import resnet_fast as rf  # noqa: E402
-from resnet_fast import _plain, config, dispatch, env, functional  # noqa: E402
+from resnet_fast import _plain, config, convolution, dispatch, env, functional  # noqa: E402
 
 try:
     import hypothesis
@@ -176,6 +176,18 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def every_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own convolutions from one multiplication on, on a processor without 16-bit instructions.
+
+    Otherwise they start at sizes that would make a slow suite.
+    """
+    for dtype in convolution.FROM_MACS:
+        monkeypatch.setitem(convolution.FROM_MACS, dtype, 1)
+    monkeypatch.setattr(convolution, "_ways", {})
+    monkeypatch.setattr(convolution, "has_instructions", lambda dtype: False)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ import extension_build  # noqa: E402
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
+KERNELS = ("conv_winograd", "conv_winograd_pack", "conv_winograd_weight", "conv_stem")
 
 SLOW = pytest.mark.slow  # half a minute of compiling each
 
@@ -30,7 +31,7 @@ SLOW = pytest.mark.slow  # half a minute of compiling each
 def test_exact_buffers(instruction_set: str, tmp_path: Path) -> None:
     flags = extension_build.INSTRUCTION_SETS[instruction_set].split()
     sources = [ROOT / "tests" / "kernels_cpu" / "conv.cpp"]
-    sources += [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("conv_winograd", "conv_stem")]
+    sources += [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in KERNELS]
     program = tmp_path / "conv"
     build = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-Wno-psabi", *SANITIZERS]
     build += [f"-I{ROOT / 'csrc'}", f"-DRF_ISA={instruction_set}", *flags]

@@ -50,7 +50,9 @@ def matrices(m: int) -> tuple[Tensor, Tensor, Tensor]:
     return at, gm, bt
 
 
-def convolve(x: Tensor, weight: Tensor, m: int, padding: int, *, magnitude: bool = False) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, m: int, padding: int | tuple[int, int], *, magnitude: bool = False
+) -> Tensor:
     """conv2d of x (N, C, H, W) and weight (K, C, 3, 3), stride 1, by tiles of m outputs.
 
     magnitude: every term in its absolute value, transforms included: what the errors of rounding
@@ -60,13 +62,34 @@ def convolve(x: Tensor, weight: Tensor, m: int, padding: int, *, magnitude: bool
     x, weight = x.double(), weight.double()
     if magnitude:
         at, g, bt, x, weight = (t.abs() for t in (at, g, bt, x, weight))
-    height, width = x.size(2) + 2 * padding - 2, x.size(3) + 2 * padding - 2
+    vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding
+    height, width = x.size(2) + 2 * vertical - 2, x.size(3) + 2 * horizontal - 2
     down, across = -(-height // m), -(-width // m)
     right, below = m * across - width, m * down - height
-    x = F.pad(x, (padding, padding + right, padding, padding + below))
+    x = F.pad(x, (horizontal, horizontal + right, vertical, vertical + below))
     tiles = x.unfold(2, m + 2, m).unfold(3, m + 2, m)
     inputs = torch.einsum("ai,nchwij,bj->nchwab", bt, tiles, bt)
     filters = torch.einsum("ai,kcij,bj->kcab", g, weight, g)
     products = torch.einsum("nchwab,kcab->nkhwab", inputs, filters)
     y = torch.einsum("ia,nkhwab,jb->nkhiwj", at, products, at)
     return y.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+
+
+def weight_gradient(
+    grad: Tensor, x: Tensor, m: int, padding: tuple[int, int], *, magnitude: bool = False
+) -> Tensor:
+    """The gradient (K, C, 3, 3) of that convolution's filter, for grad (N, K, H_out, W_out)."""
+    at, g, bt = matrices(m)
+    x, grad = x.double(), grad.double()
+    if magnitude:
+        at, g, bt, x, grad = (t.abs() for t in (at, g, bt, x, grad))
+    height, width = grad.shape[2:]
+    right, below = -width % m, -height % m
+    vertical, horizontal = padding
+    x = F.pad(x, (horizontal, horizontal + right, vertical, vertical + below))
+    outputs = F.pad(grad, (0, right, 0, below)).unfold(2, m, m).unfold(3, m, m)
+    tiles = x.unfold(2, m + 2, m).unfold(3, m + 2, m)
+    inputs = torch.einsum("ai,nchwij,bj->nchwab", bt, tiles, bt)
+    outputs = torch.einsum("ia,nkhwij,jb->nkhwab", at, outputs, at)
+    sums = torch.einsum("nkhwab,nchwab->kcab", outputs, inputs)
+    return torch.einsum("ai,kcab,bj->kcij", g, sums, g)

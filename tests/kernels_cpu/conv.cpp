@@ -2,6 +2,7 @@
 // The CPU's convolutions on buffers of exactly their size, under AddressSanitizer and UBSan: what
 // reads or writes past an edge ends the program. Numbers are tested from Python.
 #include <cstdio>
+#include <utility>
 #include <vector>
 
 #include "cpu/params.h"
@@ -64,6 +65,33 @@ void stem(const Shape& s, const Parallel& parallel) {
   }
 }
 
+// Filters of `columns` and `rows` channels, contiguous and channels-last, by their strides.
+void winograd_pack(int64_t columns, int64_t rows, const Parallel& parallel) {
+  const std::vector<float> weight(columns * rows * 9, 0.5f);
+  for (int tile : {2, 4}) {
+    std::vector<float> packed((tile + 2) * (tile + 2) * ((columns + 31) / 32) * rows * 32);
+    for (bool transposed : {false, true}) {
+      const int64_t inner = transposed ? columns : rows;
+      for (bool last : {false, true}) {
+        const int64_t outer_stride = 9 * inner, inner_stride = last ? 1 : 9;
+        FilterParams p{weight.data(), packed.data(),    rows,      columns, inner_stride,
+                       outer_stride,  last ? inner : 1, transposed};
+        if (transposed) std::swap(p.row_stride, p.column_stride);
+        RF_ISA::conv_winograd_pack(p, tile, parallel);
+      }
+    }
+  }
+}
+
+void winograd_weight(const Shape& s, const Parallel& parallel) {
+  ConvParams p = params(s);
+  const std::vector<float> x(p.n * p.in_h * p.in_w * p.in_c, 1.0f);
+  std::vector<float> grad(p.n * p.out_h * p.out_w * p.out_c, 0.5f);
+  std::vector<float> weight(p.out_c * 9 * p.in_c);
+  p.x = x.data(), p.y = grad.data();
+  for (int tile : {2, 4}) RF_ISA::conv_winograd_weight(p, weight.data(), tile, parallel);
+}
+
 }  // namespace
 
 int main() {
@@ -76,6 +104,15 @@ int main() {
       winograd({1, 16, 16, 1, 2, 3, 1, padding}, parallel);
       winograd({1, 256, 96, 6, 6, 3, 1, padding}, parallel);
     }
+    for (int64_t padding : {0, 1, 2}) {
+      winograd_weight({2, 48, 80, 13, 9, 3, 1, padding}, parallel);
+      winograd_weight({5, 80, 48, 4, 3, 3, 1, padding}, parallel);
+      winograd_weight({24, 32, 16, 15, 17, 3, 1, padding}, parallel);
+    }
+    winograd_weight({1, 16, 16, 1, 2, 3, 1, 1}, parallel);
+    winograd_pack(16, 16, parallel);
+    winograd_pack(48, 80, parallel);
+    winograd_pack(80, 37, parallel);
     stem({2, 3, 64, 37, 41, 7, 2, 3}, parallel);
     stem({1, 1, 48, 9, 12, 3, 1, 1}, parallel);
     stem({3, 4, 32, 8, 8, 5, 2, 0}, parallel);

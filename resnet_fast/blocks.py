@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resnet_fast import functional
+from resnet_fast import convolution, functional
 from resnet_fast._max_pool import max_pool
 from resnet_fast._ready import (
     block_parts,
@@ -33,7 +33,6 @@ from resnet_fast._ready import (
     why_not_module,
     why_not_norm,
 )
-from resnet_fast.convolution import conv2d
 from resnet_fast.gates import fits, scale_of
 from resnet_fast.norms import fusable, fused, why_not_fused
 
@@ -79,11 +78,16 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     conv: any module of one tensor. x: (N, C, H, W). For forwards that have found, as block_parts()
     does, that nothing watches the calls of all modules. Raises whatever conv raises.
     """
-    if torch.compiler.is_compiling() or not plain_conv(conv) or type(x) is not Tensor:
+    if (
+        type(x) is not Tensor
+        or x.numel() < convolution.FROM_NUMEL
+        or torch.compiler.is_compiling()
+        or not plain_conv(conv)
+    ):
         return cast(Tensor, conv(x))
     plain = cast(nn.Conv2d, conv)
     weight = plain._parameters["weight"]
-    return conv2d(
+    return convolution.conv2d(
         x, cast(Tensor, weight), plain.stride, plain.padding, plain.dilation, plain.groups
     )
 

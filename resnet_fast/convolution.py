@@ -34,6 +34,8 @@ _fp32_precision = torch._C._get_fp32_precision_getter
 _HALF = (torch.float16, torch.bfloat16)
 # Multiplications from which another kernel pays for its call.
 FROM_MACS = {torch.float32: 1 << 24, torch.float16: 1 << 20, torch.bfloat16: 1 << 20}
+# Values of x from which a module asks at all: on fewer the asking costs more than it brings.
+FROM_NUMEL = 1 << 14
 # What packing a weight for one use costs, in multiplications by it: see choose_tile.
 PACK = 100
 MAX_WAYS = 1024

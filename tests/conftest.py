@@ -186,6 +186,7 @@ def every_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for dtype in convolution.FROM_MACS:
         monkeypatch.setitem(convolution.FROM_MACS, dtype, 1)
+    monkeypatch.setattr(convolution, "FROM_NUMEL", 0)
     monkeypatch.setattr(convolution, "_ways", {})
     monkeypatch.setattr(convolution, "has_instructions", lambda dtype: False)
 

@@ -30,7 +30,8 @@ from resnet_fast.layout import is_channels_last
 
 _ops = torch.ops.resnet_fast
 _convolution_backward = torch.ops.aten.convolution_backward.default
-_fp32_precision = torch._C._get_fp32_precision_getter
+# Private: a PyTorch without it has one precision for both.
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", lambda *of: "none")
 _HALF = (torch.float16, torch.bfloat16)
 # Multiplications from which another kernel pays for its call.
 FROM_MACS = {torch.float32: 1 << 24, torch.float16: 1 << 20, torch.bfloat16: 1 << 20}
@@ -40,14 +41,14 @@ FROM_NUMEL = 1 << 14
 PACK = 100
 MAX_WAYS = 1024
 
-Pair = tuple[int, int]
-
-
 # The kernels; 2 and 4 are Winograd's tiles.
 PLAIN, POINTWISE, COLUMNS = 0, 1, 9
-HUGE_FROM = 4 << 20  # bytes, as in csrc/torch/cpu/tensors.cpp
 _MATRICES = (POINTWISE, COLUMNS)
+HUGE_FROM = 4 << 20  # bytes, as in csrc/torch/cpu/tensors.cpp
 COLUMN_BYTES = 4 << 20  # of gathered windows at once, so that they stay in the caches
+
+
+Pair = tuple[int, int]
 
 
 class Way(NamedTuple):

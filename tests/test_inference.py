@@ -93,8 +93,15 @@ def test_bfloat16_without_instructions_is_said(
     assert "no bfloat16 instructions" in str(rf.explain(fast))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 13, 33, 65])
-@pytest.mark.parametrize("limit", [batches.PIECE_BYTES, 1 << 18])
+# Pieces of the sizes between in `make test-slow`.
+@pytest.mark.parametrize(
+    ("limit", "batch"),
+    [(batches.PIECE_BYTES, n) for n in (1, 2, 3, 5, 8, 13, 33, 65)]
+    + [
+        pytest.param(1 << 18, n, marks=() if n in (13, 65) else pytest.mark.slow)
+        for n in (1, 2, 3, 5, 8, 13, 33, 65)
+    ],
+)
 def test_batch_sizes(
     resnet18: nn.Module, batch: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,7 +375,7 @@ def test_the_model_is_untouched() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["fcn", "deeplab", "fpn"])
+@pytest.mark.parametrize("name", ["fcn", pytest.param("deeplab", marks=pytest.mark.slow), "fpn"])
 def test_models_with_a_resnet_inside(name: str) -> None:
     options: dict[str, Any] = {"weights": None, "weights_backbone": None}
     if name == "fpn":

@@ -33,7 +33,15 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
     "resnetv2_18": ({}, 9, 0),
 }
 # A second of each kind, in `make test-slow`.
-SLOW = {"resnet18 drop path", "resnet18 output stride", "resnext50_32x4d", "resnetaa50d"}
+SLOW = {
+    "resnet18 drop path",
+    "resnet18 output stride",
+    "resnext50_32x4d",
+    "resnetaa50d",
+    "resnet50d",
+    "ecaresnet26t",
+    "resnetblur18",
+}
 
 
 def count(model: nn.Module, kind: type[nn.Module]) -> int:

@@ -44,7 +44,6 @@ MAX_WAYS = 1024
 # The kernels; 2 and 4 are Winograd's tiles.
 PLAIN, POINTWISE, COLUMNS = 0, 1, 9
 _MATRICES = (POINTWISE, COLUMNS)
-HUGE_FROM = 4 << 20  # bytes, as in csrc/torch/cpu/tensors.cpp
 COLUMN_BYTES = 4 << 20  # of gathered windows at once, so that they stay in the caches
 
 
@@ -301,8 +300,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _huge(fresh: Tensor) -> Tensor:
     """fresh, which is dense and holds nothing yet, on huge pages if it is large."""
-    if fresh.numel() * fresh.element_size() >= HUGE_FROM:
-        _ops.huge_pages(fresh)
+    _ops.huge_pages.default(fresh)
     return fresh
 
 

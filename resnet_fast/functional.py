@@ -171,12 +171,7 @@ def _batch_norm_act_at_once(
     relu = activation == "relu"
     dispatch.took("batch_norm_act")
     try:
-        if torch.is_grad_enabled() and (  # _needs_gradient(), without the call
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        ):
+        if torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual):
             y = _batch_norm_act_straight(
                 x, weight, bias, residual, mean, var, training, momentum, eps, relu
             )

@@ -13,7 +13,8 @@ demo: build
 	$(BIN)/python -m resnet_fast demo
 
 test: build lint
-	RESNET_FAST_REQUIRE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+	RESNET_FAST_REQUIRE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 \
+		-m "not slow" tests
 
 test-slow: build
 	RESNET_FAST_REQUIRE=1 $(BIN)/python -m pytest -q -m slow tests

@@ -112,6 +112,7 @@ IMPLEMENTATIONS = {
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: larger sweeps, run only by an explicit -m")
     config.addinivalue_line("markers", "implementations(*names): which of them `impl` takes")
+    config.addinivalue_line("markers", "slow_for(*names): those of them whose tests are slow ones")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
     # Small tensors need no second thread, and xdist's workers share the cores: see two_threads.
@@ -133,7 +134,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     named = metafunc.definition.get_closest_marker("implementations")
     names = named.args if named else IMPLEMENTATIONS
-    here = [n for n in names if IMPLEMENTATIONS[n].missing() is None]
+    slow = metafunc.definition.get_closest_marker("slow_for")
+    here = [
+        pytest.param(n, marks=pytest.mark.slow if slow and n in slow.args else ())
+        for n in names
+        if IMPLEMENTATIONS[n].missing() is None
+    ]
     metafunc.parametrize("impl", here, indirect=True)
 
 

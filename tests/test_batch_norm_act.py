@@ -127,17 +127,20 @@ def _once(*tables: list[Case]) -> list[Case]:
     return list(dict.fromkeys(case for table in tables for case in table))
 
 
+@pytest.mark.slow_for("plain")
 @pytest.mark.parametrize("case", _once(_layouts(), _shapes(), _parameters()), ids=str)
 def test_equals_eager(impl, case: Case) -> None:
     impl.compare(case)
 
 
+@pytest.mark.slow_for("plain")
 @pytest.mark.implementations("plain", "cpu", "emulated", "cuda")
 @pytest.mark.parametrize("case", _once(_mixed()), ids=str)
 def test_mixed_layouts(impl, case: Case) -> None:
     impl.compare(case)
 
 
+@pytest.mark.slow_for("plain")
 @pytest.mark.parametrize("case", _once(_values()), ids=str)
 def test_hard_values(impl, case: Case) -> None:
     impl.compare(case)

@@ -306,6 +306,7 @@ RIVALS = {"eager nchw", "eager channels_last", "jit channels_last", "compile cha
           "onnxruntime nchw", "openvino nchw", "ours channels_last"}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_inference_rival_is_a_row_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     found = inference_rows(monkeypatch, "float32", "bfloat16", "int8")
     for dtype in ("float32", "bfloat16", "int8"):
@@ -352,6 +353,7 @@ def test_reasons_are_shown_until_the_rival_has_run() -> None:
 
 
 # ---- end to end ----------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
     options = ["--quick", "--no-compile", "--dtype", "float32", "--allocator", "default",

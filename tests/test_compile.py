@@ -154,6 +154,7 @@ def test_eval_without_gradients(impl, backend: str) -> None:
     assert not net.bn1.running_mean.any()
 
 
+@pytest.mark.slow_for("reference")
 @pytest.mark.parametrize("backend", SLOW_INDUCTOR)
 @pytest.mark.parametrize("settings", ["defaults", "the module's"])
 def test_dynamic_shapes_do_not_recompile(impl, backend: str, settings: str) -> None:

@@ -19,14 +19,9 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 KERNELS = ("conv_winograd", "conv_winograd_pack", "conv_winograd_weight", "conv_stem")
 
-SLOW = pytest.mark.slow  # half a minute of compiling each
 
-
-@pytest.mark.parametrize(
-    "instruction_set",
-    [pytest.param("baseline", marks=SLOW), pytest.param("avx2", marks=SLOW), "avx512"],
-    indirect=True,
-)
+@pytest.mark.slow  # half a minute of compiling each
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"], indirect=True)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with libasan and libubsan")
 def test_exact_buffers(instruction_set: str, tmp_path: Path) -> None:
     flags = extension_build.INSTRUCTION_SETS[instruction_set].split()

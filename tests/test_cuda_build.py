@@ -32,7 +32,7 @@ def test_cuda_is_built_wherever_nvcc_is() -> None:
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ("", ("8.0", "9.0", "10.0+PTX")),
+        ("", ("8.0", "9.0a", "10.0+PTX")),
         ("9.0", ("9.0",)),
         ("8.6;9.0a+PTX", ("8.6", "9.0a+PTX")),
         ("5.2 7.5,8.0 12.0", ("8.0", "12.0")),
@@ -47,7 +47,7 @@ def test_architectures(
 
 def test_the_default_is_what_nvcc_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert cuda_build.architectures(["sm_80", "sm_90"]) == ("8.0", "9.0")
+    assert cuda_build.architectures(["sm_80", "sm_90"]) == ("8.0", "9.0a")
     with pytest.raises(cuda_build.NoCuda, match="none of the cards"):
         cuda_build.architectures(["sm_75"])
 

@@ -74,7 +74,10 @@ def check(model: nn.Module, left: int = 0) -> None:
     assert [type(m) for m in rf.restore(ours).modules()] == [type(m) for m in theirs.modules()]
 
 
-@pytest.mark.parametrize(("name", "left"), [("fcn_resnet50", 0), ("deeplabv3_resnet50", 1)])
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [pytest.param("fcn_resnet50", 0, marks=pytest.mark.slow), ("deeplabv3_resnet50", 1)],
+)
 def test_segmentation(name: str, left: int) -> None:
     """Of DeepLab the pooling branch is a Sequential with a forward of its own."""
     build = getattr(tv.models.segmentation, name)

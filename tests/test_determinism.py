@@ -30,6 +30,7 @@ def assert_same(first: dict[str, Tensor], again: dict[str, Tensor], what: str) -
         assert torch.equal(result, again[name]), f"{name} differs {what}"
 
 
+@pytest.mark.slow_for("plain")
 @pytest.mark.parametrize("shape", SHAPES, ids=word)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("residual", ["none", "tensor"])

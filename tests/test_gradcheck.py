@@ -82,12 +82,14 @@ def _function(
     return function, [getattr(inputs, n).detach().requires_grad_() for n in names]
 
 
+@pytest.mark.slow_for("plain")
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_batch_norm_act_first_order(impl, case: Case) -> None:
     function, tensors = _function(impl.batch_norm_act, _smooth(case), case)
     assert gradcheck(function, tensors, eps=STEP, check_undefined_grad=True)
 
 
+@pytest.mark.slow_for("plain")
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_batch_norm_act_second_order(impl, case: Case) -> None:
     function, tensors = _function(impl.batch_norm_act, _smooth(case), case)

@@ -52,7 +52,8 @@ NAMES = ["conv1", "bn1", "relu", "layer1", "layer1.1", "layer2.0.conv2", "layer2
 
 
 CASES = [("torchvision", NAMES), ("ours", NAMES)]
-CASES += [("ours", [name]) for name in ("conv1", "relu", "layer2.0.bn1", "layer1", "")]
+CASES += [("ours", [name]) for name in ("layer2.0.bn1", "layer1")]
+CASES += [pytest.param("ours", [name], marks=pytest.mark.slow) for name in ("conv1", "relu", "")]
 
 
 @pytest.mark.parametrize(("kind", "names"), CASES)

@@ -33,7 +33,7 @@ TORCHVISION = [
     "wide_resnet101_2",
 ]
 # Drawing 100 million initial values twice takes 10 s; the code that does it is that of the others.
-LARGE = {"resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}
+LARGE = {"resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}
 CIFAR = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 
 
@@ -77,7 +77,10 @@ def test_initial_values_are_torchvisions_bit_by_bit(tv: Any, name: str) -> None:
         assert torch.equal(ours[key], t), key
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in TORCHVISION],
+)
 def test_same_keys_outputs_and_gradients_as_torchvision(tv: Any, name: str) -> None:
     theirs = cheap_values(on_meta(getattr(tv, name)))
     ours = on_meta(getattr(models, name)).double()

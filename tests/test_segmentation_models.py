@@ -15,8 +15,14 @@ import resnet_fast as rf
 
 smp = shims.segmentation_models_or_skip()
 
-DECODERS = ("Unet", "UnetPlusPlus", "FPN", "Linknet", "MAnet", "PSPNet", "DeepLabV3Plus")
-ENCODERS = ("resnet50", "resnext50_32x4d", "tu-resnet18", "tu-seresnet18")
+SLOW = {"UnetPlusPlus", "MAnet", "PSPNet", "resnext50_32x4d"}
+DECODERS, ENCODERS = (
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names.split()]
+    for names in (
+        "Unet UnetPlusPlus FPN Linknet MAnet PSPNet DeepLabV3Plus",
+        "resnet50 resnext50_32x4d tu-resnet18 tu-seresnet18",
+    )
+)
 
 
 def make(decoder: str, encoder: str, **kwargs: Any) -> Any:

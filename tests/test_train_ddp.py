@@ -87,6 +87,7 @@ def test_killed_and_resumed(options: tuple[str, ...], tmp_path: Path) -> None:
         assert torch.equal(b["model"][name], t), name
 
 
+@pytest.mark.slow
 def test_pictures_from_a_folder(tmp_path: Path) -> None:
     from resnet_fast.demo.images import shipped_photos
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 OLDEST = 80  # sm_80: the kernels use nothing older cards lack, but nobody tests on them
 # Ampere's code also runs on Ada; PTX of the last serves what comes after it.
-DEFAULT = ("8.0", "9.0", "10.0+PTX")
+DEFAULT = ("8.0", "9.0a", "10.0+PTX")
 
 
 class NoCuda(Exception):
@@ -105,7 +105,8 @@ def architectures(known: list[str]) -> tuple[str, ...]:
 
 
 def _code(architecture: str) -> str:
-    return "sm_" + architecture.partition("+")[0].replace(".", "")
+    """As nvcc lists it, which leaves out the letter of a family's own instructions."""
+    return "sm_" + architecture.partition("+")[0].replace(".", "").rstrip("af")
 
 
 def _find_nvcc() -> Path | None:

@@ -267,7 +267,9 @@ class NinjaFile:
 
     def cuda_module(self, cuda: cuda_build.Cuda) -> None:
         self.lines.append(f"nvcc = {_escape(cuda.nvcc)}")
-        self.lines += _rule("cuda", "$nvcc -MD -MF $out.d $flags -c $in -o $out")
+        # What ptxas says of registers and spills stays beside the object: the tests read it.
+        compile_one = "$nvcc -MD -MF $out.d -Xptxas -v $flags -c $in -o $out"
+        self.lines += _rule("cuda", f"{compile_one} >$out.ptxas 2>&1 || (cat $out.ptxas; false)")
         flags = (
             f"-std=c++17 -O3 -I{_escape(self.csrc)} -ccbin {self.plan.compiler.split()[0]}"
             f" -Xcompiler -fPIC,-fvisibility=hidden {cuda.code_flags()}"

@@ -18,7 +18,7 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "test_kernels"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 FLAGS = (
-    "-std=c++17", "-DRF_EMULATE", "-O2", "-g1", "-fno-omit-frame-pointer", "-fno-strict-aliasing",
+    "-std=c++17", "-DRF_EMULATE", "-O1", "-g1", "-fno-omit-frame-pointer", "-fno-strict-aliasing",
     "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}",
 )  # fmt: skip
 # The emulator's own bookkeeping is not what is under test, and its speed is the tests' speed.

@@ -108,7 +108,9 @@ def norm_calls(model: Any) -> tuple[int, int]:
     return fused, sum(e.impl == "reference" for e in events)
 
 
-@pytest.mark.parametrize("build", [small_basic, small_bottleneck])
+@pytest.mark.parametrize(
+    "build", [small_basic, pytest.param(small_bottleneck, marks=pytest.mark.slow)]
+)
 def test_around_a_hook_all_else_stays_fused(build: Any) -> None:
     """Every norm and ReLU of one block in turn: true tensors, in order, each once."""
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in make(build, tv).modules())

@@ -71,7 +71,10 @@ def distance(got: Results, truth: Results) -> tuple[float, float]:
     )
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "autocast float16" else n for n in USES],
+)
 def test_as_near_to_float64_as_plain_pytorch(name: str) -> None:
     """The rule of oracle.py on whole models: our error at most twice that of the untouched one."""
     untouched = make(small_basic, tv).float()

@@ -90,6 +90,7 @@ def test_with_a_broken_extension(tmp_path: Path) -> None:
     assert out["impl"] == ["reference"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not rf.is_available(), reason=str(rf.why_unavailable()))
 def test_with_the_extension_but_no_build_information(tmp_path: Path) -> None:
     """The kernels are of no Python version, the information is: another Python lacks it."""

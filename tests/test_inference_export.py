@@ -76,6 +76,7 @@ def test_openvino(model: nn.Module, onnx_file: Path) -> None:
     judge(torch.from_numpy(np.array(network([X.numpy()])[0])), model, X)
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
     target, weights = tmp_path / "sub" / "model.onnx", tmp_path / "w.pt"

@@ -51,9 +51,12 @@ NAMES = ["conv1", "bn1", "relu", "layer1", "layer1.1", "layer2.0.conv2", "layer2
          "layer3.1.bn2", "avgpool", "fc", ""]  # fmt: skip
 
 
-CASES = [("torchvision", NAMES), ("ours", NAMES)]
-CASES += [("ours", [name]) for name in ("layer2.0.bn1", "layer1")]
-CASES += [pytest.param("ours", [name], marks=pytest.mark.slow) for name in ("conv1", "relu", "")]
+ALONE = [["layer2.0.bn1"], ["layer1"]]
+CASES = [("torchvision", NAMES), *(("ours", names) for names in ALONE)]
+CASES += [
+    pytest.param("ours", names, marks=pytest.mark.slow)
+    for names in (NAMES, ["conv1"], ["relu"], [""])
+]
 
 
 @pytest.mark.parametrize(("kind", "names"), CASES)

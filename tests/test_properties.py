@@ -67,6 +67,7 @@ def any_case(draw: st.DrawFn) -> Case:
     )
 
 
+@pytest.mark.slow_for("plain", "emulated")
 @given(case=any_case())
 @settings(max_examples=FEW)
 def test_batch_norm_act(impl, case: Case) -> None:
@@ -111,6 +112,7 @@ def test_add_relu_many(impl, tensors: tuple[torch.Tensor, ...]) -> None:
     assert_same_as_eager(impl, *tensors)
 
 
+@pytest.mark.slow_for("plain", "emulated")
 @given(shape=shapes(), training=st.booleans(), seed=st.integers(0, 9))
 @settings(max_examples=FEW)
 def test_layout_changes_no_number_much(impl, shape, training: bool, seed: int) -> None:

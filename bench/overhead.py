@@ -4,7 +4,7 @@
 Forward in eval mode without gradients at batch 1, and forward with backward in training mode, both
 at 32 px, float32, NCHW, ours against eager in turn. Training takes two pictures: a single one of 32
 px leaves the last stage one value a channel, which PyTorch's batch norm refuses. And the time that
-accelerate() takes for a ResNet-152.
+accelerate() takes for a ResNet-152, and loading for inference for a ResNet-50.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast as rf
+from resnet_fast.inference import trace
 
 from .job import Emit, Job, Progress, check_equal
 from .kernels import ratios
@@ -76,6 +77,28 @@ def seconds_of_accelerate(model: nn.Module, rounds: int) -> Timings:
     return Timings({"ours": taken})
 
 
+def seconds_of_loading(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Timings]:
+    """How long optimize_for_inference() and what the first call adds take: "load".
+
+    "trace" is the part of it that is torch.export's; what is left is folding and packing.
+    """
+    taken: dict[str, list[float]] = {"load": [], "trace": []}
+    for round_ in range(rounds + 1):  # the first imports the tracer
+        times = [time.perf_counter()]
+        trace.capture(trace.private_copy(model), images)
+        times.append(time.perf_counter())
+        fast = rf.optimize_for_inference(model, images)
+        for _ in range(2):
+            fast(images)
+            times.append(time.perf_counter())
+        began, traced, first, second = times
+        if round_:
+            taken["trace"].append(traced - began)
+            # Two calls: the first packs, the second is what a call takes.
+            taken["load"].append((first - traced) - (second - first))
+    return {mode: Timings({"ours": seconds}) for mode, seconds in taken.items()}
+
+
 def emit_rows(row: dict[str, Any], timings: Timings, emit: Emit) -> None:
     for provider in timings.seconds:
         p20, p50, p80 = timings.quantiles(provider)
@@ -87,7 +110,7 @@ def run_overhead(job: Job, emit: Emit, progress: Progress) -> None:
     """Time every network in both modes, then accelerate(), and emit the rows."""
     names = networks_of(job)
     limits = {"budget": 0.5, "max_rounds": 5} if job.quick else {"budget": 20, "max_rounds": 1000}
-    total = 2 * len(names) + 1
+    total = 2 * len(names) + 2
     row: dict[str, Any] = {"kind": "overhead", "dtype": "float32", "layout": "nchw"}
     for index, name in enumerate(names):
         base, source = plain_resnet(name)
@@ -103,9 +126,17 @@ def run_overhead(job: Job, emit: Emit, progress: Progress) -> None:
             facts = {"name": name, "shape": list(images.shape), "mode": mode, "source": source}
             emit_rows(row | facts, timings, emit)
     name = "resnet18" if job.quick else "resnet152"
-    progress(total - 1, total, f"accelerate({name})")
+    progress(total - 2, total, f"accelerate({name})")
     model, source = plain_resnet(name)
     timings = seconds_of_accelerate(model, 3 if job.quick else 20)
     facts = {"name": name, "shape": [], "mode": "accelerate", "source": source}
     emit_rows(row | facts, timings, emit)
+    name, size = ("resnet18", 64) if job.quick else ("resnet50", 224)
+    progress(total - 1, total, f"loading {name} for inference")
+    model, source = plain_resnet(name)
+    images = torch.randn(1, 3, size, size)
+    loading = seconds_of_loading(model.eval(), images, 1 if job.quick else 5)
+    for mode, timings in loading.items():
+        facts = {"name": name, "shape": list(images.shape), "mode": mode, "source": source}
+        emit_rows(row | facts, timings, emit)
     progress(total, total, "overhead")

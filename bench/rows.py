@@ -19,7 +19,8 @@ Kinds and what they add:
               where a rival is not quite what its dtype says; ours also ratio_vs_best, best_rival,
               ratio_vs_eager. dtype "int8" has eager in float32 beside it
 - ``profile``  one kernel launch under ncu: seconds, dram (share of its peak); shape is the grid
-- ``overhead``  a network on 32 px, or accelerate(): p20 p50 p80, rounds, ratio_vs_eager
+- ``overhead``  a network on 32 px, accelerate(), or loading for inference ("load", of which
+              torch.export takes "trace"): p20 p50 p80, rounds, ratio_vs_eager
 - ``use``     one step of a way of use, ``row`` of docs/uses.md: p20 p50 p80, rounds, ratio_vs_eager
 - ``failed``  a rival that could not run, with its ``error``
 

@@ -386,12 +386,13 @@ def test_quick_run_of_the_overhead(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [(row["mode"], row["provider"], row["shape"]) for row in found] == [
         ("eval", "eager", [1, 3, 32, 32]), ("eval", "ours", [1, 3, 32, 32]),
         ("train", "eager", [2, 3, 32, 32]), ("train", "ours", [2, 3, 32, 32]),
-        ("accelerate", "ours", []),
+        ("accelerate", "ours", []), ("load", "ours", [1, 3, 64, 64]),
+        ("trace", "ours", [1, 3, 64, 64]),
     ]  # fmt: skip
     for row in found:
         assert set(rows.KEY) - {"card"} <= set(row)
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
-        timed = row["provider"] == "ours" and row["mode"] != "accelerate"
+        timed = row["provider"] == "ours" and row["mode"] in ("eval", "train")
         assert ("ratio_vs_eager" in row) == timed
     out = capsys.readouterr().out
     assert "The cost of the calls" in out

@@ -171,7 +171,15 @@ def plain_context(x: object) -> bool:
     """True if x is a plain tensor and nothing watches or changes the calls of all modules."""
     return (
         type(x) in _PLAIN
-        and not (
+        and modules_untouched()
+        and (torch.compiler.is_compiling() or no_tracer_or_mode())
+    )
+
+
+def modules_untouched() -> bool:
+    """True if no hook is on all modules, and norms and ReLUs are called as PyTorch has it."""
+    return (
+        not (
             _module._global_forward_hooks
             or _module._global_forward_pre_hooks
             or _module._global_backward_hooks
@@ -184,7 +192,16 @@ def plain_context(x: object) -> bool:
         and _ReLU.forward is _RELU_FORWARD
         and F.batch_norm is _F_BATCH_NORM
         and F.relu is _F_RELU
-        and (torch.compiler.is_compiling() or _no_tracer_or_mode())
+    )
+
+
+def convolutions_untouched() -> bool:
+    """True if nn.Conv2d is called as PyTorch has it."""
+    return (
+        nn.Conv2d.forward is _CONV_FORWARD
+        and nn.Conv2d._conv_forward is _CONV_OF
+        and nn.Conv2d.__call__ is _CALL
+        and F.conv2d is _F_CONV
     )
 
 
@@ -192,10 +209,7 @@ def plain_conv(m: object) -> bool:
     """True if m is an nn.Conv2d without bias whose call is F.conv2d with zeros around, no more."""
     return (
         plain_module(m, nn.Conv2d)
-        and nn.Conv2d.forward is _CONV_FORWARD
-        and nn.Conv2d._conv_forward is _CONV_OF
-        and nn.Conv2d.__call__ is _CALL
-        and F.conv2d is _F_CONV
+        and convolutions_untouched()
         and "_conv_forward" not in m.__dict__  # type: ignore[attr-defined]
         and "weight" not in m.__dict__  # type: ignore[attr-defined]
         and m._parameters.get("weight") is not None  # type: ignore[attr-defined]
@@ -213,7 +227,7 @@ def plain_max_pool() -> bool:
     )
 
 
-def _no_tracer_or_mode() -> bool:
+def no_tracer_or_mode() -> bool:
     return (
         torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0

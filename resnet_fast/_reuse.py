@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fast._autograd import straight
 from resnet_fast.layout import is_channels_last
 
 Counts = tuple[int, int, int]
 # Elements below which nothing is gained: so small a tensor is not of fresh pages, and asking for
 # the counts costs more than malloc.
-_SMALL = 1 << 14
+SMALL = 1 << 14
 
 
 def _counts(grad: Tensor) -> Counts:
@@ -53,12 +54,15 @@ def _held(grad: Tensor) -> Counts:
     return _counts(grad)
 
 
+_probe = straight(_Probe)  # as functional.py calls its own
+
+
 def _measure() -> Counts | None:
     """The counts of a gradient that only the engine holds; None where this PyTorch has none."""
     try:
         with torch.enable_grad():
             x = torch.ones(2, requires_grad=True)
-            (_Probe.apply(x) * 3).sum().backward()  # type: ignore[no-untyped-call]
+            (_probe(x) * 3).sum().backward()
     except (AttributeError, TypeError, RuntimeError):
         return None
     return _Probe.seen
@@ -68,14 +72,13 @@ _alone: list[Counts | None] = []
 
 
 def may_overwrite(grad: Tensor, like: Tensor) -> bool:
-    """True if nobody but the engine holds grad, a dense CPU tensor laid out as `like`, not small.
+    """True if nobody but the engine holds grad, a dense CPU tensor laid out as `like`.
 
-    To be called from the ``backward`` of an autograd Function, on its very argument.
+    To be called from the ``backward`` of an autograd Function, on its very argument, where that has
+    SMALL elements or more and no compiler traces it.
     """
     if (
         type(grad) is not Tensor
-        or torch.compiler.is_compiling()
-        or grad.numel() < _SMALL
         or not grad.is_cpu
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0

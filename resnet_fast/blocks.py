@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resnet_fast import convolution, functional
+from resnet_fast import _at_once, convolution, functional
 from resnet_fast._max_pool import max_pool
 from resnet_fast._ready import (
     block_parts,
@@ -154,7 +154,11 @@ def _join(block: Any, bn: nn.Module, relu: nn.Module, out: Tensor, x: Tensor) ->
         out = bn(out)
         out += downsample(x)
         return cast(Tensor, relu(out))
-    identity = shortcut(downsample, x)
+    return _add(bn, relu, out, shortcut(downsample, x))
+
+
+def _add(bn: nn.Module, relu: nn.Module, out: Tensor, identity: Tensor) -> Tensor:
+    """relu(bn(out) + identity)."""
     y = fused_join(bn, relu, out, identity)
     if y is not None:
         return y
@@ -273,6 +277,9 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
     its plain forward, which runs instead where fusing could be noticed. Where only a norm or the
     ReLU is hooked or of another kind, that is called, and the rest stays fused.
     """
+    y = _at_once.residual_block(block, _at_once.BASIC, x, _add)
+    if y is not None:
+        return y
     parts = block_parts(block, BASIC, x)
     if parts is None:
         return _in_steps(block, BASIC, x) if _has_parts(block, BASIC, x) else original(x)
@@ -284,6 +291,9 @@ def basic_block(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> 
 
 def bottleneck(block: Any, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
     """The forward of the three-conv block (torchvision's Bottleneck); see basic_block."""
+    y = _at_once.residual_block(block, _at_once.BOTTLENECK, x, _add)
+    if y is not None:
+        return y
     parts = block_parts(block, BOTTLENECK, x)
     if parts is None:
         return _in_steps(block, BOTTLENECK, x) if _has_parts(block, BOTTLENECK, x) else original(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -178,6 +178,11 @@ def at_once(x: Tensor, same: Tensor | None, channel: tuple[Tensor | None, ...] =
         or _wrapped(same)
     ):
         return False
+    return fitting(dtype, channel)
+
+
+def fitting(dtype: torch.dtype, channel: Iterable[Tensor | None]) -> bool:
+    """True for ordinary CPU tensors, or None, of one dtype that goes with an x of `dtype`."""
     common = None
     for t in channel:
         if t is None:

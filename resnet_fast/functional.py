@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from resnet_fast import _checks, _plain, dispatch, reference, scaled
+from resnet_fast import _checks, _plain, _reuse, dispatch, reference, scaled
 from resnet_fast._autograd import differentiable_backward, straight
 from resnet_fast._reuse import may_overwrite
 from resnet_fast.convolution import conv2d
@@ -31,10 +31,13 @@ _add_relu_forward = _ops.add_relu_forward.default
 _add_relu_backward = _ops.add_relu_backward.default
 # Those that no compiler sees are called past OpOverload's Python.
 _add_relu_inference = _ops.add_relu_inference.default._op
-_batch_norm_act_forward = _ops.batch_norm_act_forward.default
 _batch_norm_act_inference = _ops.batch_norm_act_inference.default._op
-_batch_norm_act_backward = _ops.batch_norm_act_backward.default
-_batch_norm_act_backward_ = _ops.batch_norm_act_backward_.default
+_batch_norm_act_forward = _ops.batch_norm_act_forward.default._op
+_batch_norm_act_backward = _ops.batch_norm_act_backward.default._op
+_batch_norm_act_backward_ = _ops.batch_norm_act_backward_.default._op
+# And the same for compilers.
+_traced_forward = _ops.batch_norm_act_forward.default
+_traced_backward = _ops.batch_norm_act_backward.default
 
 
 # ---- add_relu ------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ def batch_norm_act(
             else running_mean is not None
         )
     ):
-        return _batch_norm_act_at_once(x, channel, residual, training, momentum, eps, activation)
+        return batch_norm_act_at_once(x, channel, residual, training, momentum, eps, activation)
     _checks.batch_norm_act(x, *channel, residual, training, activation)
     if training:
         _checks.more_than_one_value(x.shape)
@@ -151,13 +154,13 @@ def batch_norm_act(
             activation=activation,
         )
     relu = activation == "relu"
-    args = (x, weight, bias, residual, running_mean, running_var, training, momentum, eps, relu)
+    rest = running_mean, running_var, training, momentum, eps, relu, False
     if torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual):
-        return cast(Tensor, _BatchNormAct.apply(*args))  # type: ignore[no-untyped-call]
-    return cast(Tensor, _batch_norm_act_forward(*args, False)[0])
+        return cast(Tensor, _BatchNormAct.apply(x, weight, bias, residual, rest))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _traced_forward(x, weight, bias, residual, *rest[:-1], False)[0])
 
 
-def _batch_norm_act_at_once(
+def batch_norm_act_at_once(
     x: Tensor,
     channel: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     residual: Tensor | None,
@@ -172,9 +175,8 @@ def _batch_norm_act_at_once(
     dispatch.took("batch_norm_act")
     try:
         if torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual):
-            y = _batch_norm_act_straight(
-                x, weight, bias, residual, mean, var, training, momentum, eps, relu
-            )
+            rest = mean, var, training, momentum, eps, relu, True
+            y = _batch_norm_act_straight(x, weight, bias, residual, rest)
         elif training:
             y = _batch_norm_act_forward(
                 x, weight, bias, residual, mean, var, True, momentum, eps, relu, False
@@ -199,6 +201,11 @@ def _needs_gradient(
     )
 
 
+# running_mean, running_var, training, momentum, eps, relu, and whether dispatch.at_once() let the
+# call through. They are one argument of the Function, since each costs and none has a gradient.
+_Rest = tuple["Tensor | None", "Tensor | None", bool, float, float, bool, bool]
+
+
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -207,15 +214,12 @@ class _BatchNormAct(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        relu: bool,
+        rest: _Rest,
     ) -> Tensor:
+        running_mean, running_var, training, momentum, eps, relu, at_once = rest
         save_mask = relu and residual is not None
-        y, mean, invstd, mask = _batch_norm_act_forward(
+        op = _batch_norm_act_forward if at_once else _traced_forward
+        y, mean, invstd, mask = op(
             x,
             weight,
             bias,
@@ -236,21 +240,25 @@ class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 10
-        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
-        if differentiable_backward():
+            return (None,) * 5
+        want_x, want_weight, want_bias, want_residual, _ = ctx.needs_input_grad
+        # Asked before the functions of ours that would: a call is what costs here.
+        compiling, again = torch.compiler.is_dynamo_compiling(), torch.is_grad_enabled()
+        if again and differentiable_backward():
             dx, dresidual, dweight, dbias = _second_order(ctx, grad)
         else:
             x, weight, bias, mean, invstd, mask = ctx.saved_tensors
             training, _, relu = ctx.settings
             wanted = [want_x, want_residual, want_weight, want_bias]
-            if want_x and may_overwrite(grad, x):
+            large = not compiling and grad.numel() >= _reuse.SMALL
+            if want_x and large and may_overwrite(grad, x):
                 _, dresidual, dweight, dbias = _batch_norm_act_backward_(
                     grad, x, mean, invstd, weight, bias, mask, training, relu, wanted
                 )
                 dx = grad
             else:
-                dx, dresidual, dweight, dbias = _batch_norm_act_backward(
+                op = _traced_backward if compiling else _batch_norm_act_backward
+                dx, dresidual, dweight, dbias = op(
                     grad, x, mean, invstd, weight, bias, mask, training, relu, wanted
                 )
         return (
@@ -258,7 +266,7 @@ class _BatchNormAct(torch.autograd.Function):
             dweight if want_weight else None,
             dbias if want_bias else None,
             dresidual if want_residual else None,
-            *(None,) * 6,
+            None,
         )
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not rf.is_available(), reason=str(rf.why_unavail
 
 @pytest.fixture(autouse=True)
 def none_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_reuse, "_SMALL", 0)
+    monkeypatch.setattr(_reuse, "SMALL", 0)
 
 
 @pytest.fixture
@@ -121,10 +121,10 @@ def test_not_where_the_tensor_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
         return raw(*args)
 
     monkeypatch.setattr(functional, "_batch_norm_act_backward_", watched)
-    for numel in (_reuse._SMALL // 2, _reuse._SMALL):
+    for numel in (_reuse.SMALL // 2, _reuse.SMALL):
         x = torch.randn(2, 8, numel // 16).requires_grad_()
         (norm(x) * 2).sum().backward()
-    assert calls == [_reuse._SMALL]
+    assert calls == [_reuse.SMALL]
 
 
 def keep_by_hook(y: Tensor) -> Any:

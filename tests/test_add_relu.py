@@ -62,7 +62,7 @@ def assert_same_as_eager(impl, x: Tensor, residual: Tensor, grad: Tensor) -> Non
         assert_same_bits(impl.add_relu(x, residual), theirs[0], "without gradient")
 
 
-@pytest.mark.slow_for("plain")
+@pytest.mark.slow_for("plain", "reference")
 @pytest.mark.parametrize("dtype", DTYPES, ids=word)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if 0 not in s and len(s) > 1], ids=word)
 @pytest.mark.parametrize("layout", LAYOUTS)

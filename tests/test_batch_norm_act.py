@@ -140,7 +140,7 @@ def test_mixed_layouts(impl, case: Case) -> None:
     impl.compare(case)
 
 
-@pytest.mark.slow_for("plain")
+@pytest.mark.slow_for("plain", "reference")
 @pytest.mark.parametrize("case", _once(_values()), ids=str)
 def test_hard_values(impl, case: Case) -> None:
     impl.compare(case)

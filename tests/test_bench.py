@@ -399,6 +399,7 @@ def test_quick_run_of_the_overhead(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "accelerate" in out
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_uses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
     options = ["--uses", "--quick", "--threads", "1", "--results", str(path)]

@@ -105,7 +105,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, *layouts: str) -> list[Tens
     return [lay(torch.randn(shape).to(dtype), layout) for layout in layouts]
 
 
-@pytest.mark.slow_for("plain")
+@pytest.mark.slow_for("plain", "reference")
 @pytest.mark.parametrize("dtype", DTYPES, ids=word)
 @pytest.mark.parametrize("shape", SHAPES, ids=word)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -43,12 +43,16 @@ def _order(of: dict[str, float]) -> dict[str, float]:
 
 
 def _groups(rows: list[Row], scale: float) -> list[tuple[str, dict[str, float]]]:
+    """Seconds times scale by what is compared, of its newest run: an older one met another load."""
     groups: dict[str, dict[str, float]] = {}
-    for row in rows:
+    times: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: str(row["time"])):
         nchw = row["layout"] == "nchw"
         if nchw and row["kind"] == "total":
             continue
         label = f"{row['dtype']}\n{row['allocator']} malloc"
+        if times.setdefault(label, row["time"]) != row["time"]:
+            times[label], groups[label] = row["time"], {}
         provider = f"{row['provider']} nchw" if nchw else row["provider"]
         groups.setdefault(label, {})[provider] = row["p50"] * scale
     return [(label, _order(of)) for label, of in groups.items()]

@@ -352,6 +352,15 @@ def test_reasons_are_shown_until_the_rival_has_run() -> None:
     )
 
 
+def test_a_plot_compares_what_was_measured_together() -> None:
+    common = {"kind": "model", "dtype": "float32", "allocator": "default", "layout": "nhwc"}
+    found = [
+        common | {"provider": provider, "time": time, "p50": p50}
+        for provider, time, p50 in (("eager", "2", 3.0), ("compile", "1", 1.0), ("ours", "2", 2.0))
+    ]
+    assert plot._groups(found, 1.0) == [("float32\ndefault malloc", {"eager": 3.0, "ours": 2.0})]
+
+
 # ---- end to end ----------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

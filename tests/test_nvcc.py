@@ -75,7 +75,7 @@ def report_of(source: Path, folder: Path) -> str:
         if all(f"for 'sm_{architecture}'" in text for architecture in ARCHITECTURES):
             return text
     assert NVCC is not None
-    command = [NVCC, "-std=c++17", "-O3", f"-I{CSRC}", "-Xptxas", "-v"]
+    command = [NVCC, "-std=c++17", "-O3", f"-I{CSRC}", "-Xptxas", "-v", "-Werror", "all-warnings"]
     for architecture in ARCHITECTURES:
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
     command += ["-c", str(source), "-o", str(folder / f"{source.stem}.o")]
@@ -106,11 +106,23 @@ def blocks_per_sm() -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("objects")
     with ThreadPoolExecutor(2) as pool:
-        reports = list(pool.map(lambda source: report_of(source, folder), SOURCES))
-    return {source.name: parse(report) for source, report in zip(SOURCES, reports, strict=True)}
+        texts = list(pool.map(lambda source: report_of(source, folder), SOURCES))
+    return {source.name: text for source, text in zip(SOURCES, texts, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def kernels(reports: dict[str, str]) -> Kernels:
+    return {name: parse(text) for name, text in reports.items()}
+
+
+def test_no_warnings(reports: dict[str, str]) -> None:
+    """The build itself goes on after a warning of nvcc's or ptxas's."""
+    assert not [
+        line for text in reports.values() for line in text.splitlines() if "warning" in line
+    ]
 
 
 def test_every_source_has_kernels_for_every_card(kernels: Kernels) -> None:

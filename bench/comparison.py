@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables of result rows, and the one comparison that spans two processes."""
+"""Tables of result rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rich.table import Table
 from .rows import Row
 
 PROVIDERS = ("eager", "compile", "ours")
-CROSS_NOTE = "ours tuned / eager default: medians of two processes, not of paired rounds"
 
 
 def _grouped(rows: Iterable[Row], *fields: str) -> dict[tuple[str, ...], list[Row]]:
@@ -100,34 +99,19 @@ def model_tables(rows: list[Row]) -> list[Table]:
     return tables
 
 
-def cross_ratios(rows: Iterable[Row]) -> list[tuple[tuple[str, ...], dict[str, float]]]:
-    """Ours under "tuned" against eager under "default", per model, input and dtype.
-
-    Returns [((name, shape, dtype), {"channels_last": ratio, "nchw": ratio})], of p50s that come
-    from two processes.
-    """
-    found = []
-    for key, group in _grouped(rows, "name", "shape", "dtype").items():
-        at = {(r["provider"], r["layout"], r["allocator"]): r["p50"] for r in group}
-        ours = at.get(("ours", "channels_last", "tuned"))
-        ratios = {
-            layout: at["eager", layout, "default"] / ours
-            for layout in ("channels_last", "nchw")
-            if ours and ("eager", layout, "default") in at
-        }
-        if ratios:
-            found.append((key, ratios))
-    return found
-
-
-def cross_table(found: list[tuple[tuple[str, ...], dict[str, float]]]) -> Table:
+def apart_table(rows: list[Row]) -> Table:
     """What a user gains over PyTorch as it comes."""
-    columns = ("model", "input", "dtype", "vs eager channels_last", "vs eager nchw")
-    table = _table("Ours with tune_cpu_memory() against eager without", *columns, texts=3)
-    for key, ratios in found:
-        cells = [_ratio(ratios.get(layout)) for layout in ("channels_last", "nchw")]
-        table.add_row(*key, *cells)
-    table.caption = CROSS_NOTE
+    columns = ("model", "input", "dtype", *("eager nchw", "eager", "ours", "vs nchw", "vs eager"))
+    table = _table("Training step: ours with tune_cpu_memory(), eager without", *columns, texts=3)
+    for key, group in _grouped(rows, "name", "shape", "dtype").items():
+        of = {(row["provider"], row["layout"]): row for row in group}
+        nchw, last, ours = (
+            of.get(at, {})
+            for at in (("eager", "nchw"), ("eager", "channels_last"), ("ours", "channels_last"))
+        )
+        times = [_seconds(row.get("p50")) for row in (nchw, last, ours)]
+        ratios = [_ratio(ours.get(f"ratio_vs_eager{base}")) for base in ("_nchw", "")]
+        table.add_row(*key, *times, *ratios)
     return table
 
 
@@ -214,8 +198,8 @@ def print_tables(rows: list[Row], console: Console, *, layers: bool) -> None:
             console.print(total_table(kinds["total"]))
         if "model" in kinds:
             console.print(*model_tables(kinds["model"]), sep="\n")
-            if found := cross_ratios(kinds["model"]):
-                console.print(cross_table(found))
+        if "apart" in kinds:
+            console.print(apart_table(kinds["apart"]))
         if "inference" in kinds:
             console.print(*inference_tables(kinds["inference"]), sep="\n")
         for line in left_out_lines(kinds.get("failed", []), kinds.get("inference", [])):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,8 @@ TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.04}
 class Job:
     """One process of work.
 
-    ``sections`` is a subset of ("ops", "models", "memory", "inference", "overhead",
-    "uses"); ``dtypes`` are names of torch dtypes; ``allocator`` is "default" or "tuned"; ``batch``
+    ``sections`` is a subset of ("ops", "models", "memory", "inference", "overhead", "uses",
+    "apart"); ``dtypes`` are names of torch dtypes; ``allocator`` is "default" or "tuned"; ``batch``
     is the number of images.
     """
 
@@ -38,6 +39,12 @@ class Job:
     quick: bool = False
     networks: tuple[str, ...] = ("resnet18", "resnet50", "resnet101")
     batches: tuple[int, ...] = (1, 16, 64)
+
+
+def job_of(text: str) -> Job:
+    """The Job that ``json.dumps(asdict(job))`` was made of."""
+    fields = json.loads(text)
+    return Job(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def check_equal(

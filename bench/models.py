@@ -99,14 +99,14 @@ def _model_name(job: Job) -> str:
     return "resnet18" if job.quick else "resnet50"
 
 
-def _batch(job: Job) -> tuple[Tensor, Tensor]:
+def batch_of(job: Job) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     count, size = (4, 64) if job.quick else (job.batch, 224)
     images = torch.randn(count, 3, size, size, generator=generator)
     return images, torch.randint(CLASSES, (count,), generator=generator)
 
 
-def _row(job: Job, images: Tensor, provider: str, layout: str, dtype: str) -> dict[str, Any]:
+def step_row(job: Job, images: Tensor, provider: str, layout: str, dtype: str) -> dict[str, Any]:
     return {
         "name": _model_name(job),
         "shape": list(images.shape),
@@ -129,16 +129,25 @@ def on_reference(call: Callable[[], Any], plain_is_ours: bool) -> Callable[[], A
     return plain
 
 
+def trainer_of(rival: str, model: nn.Module, dtype: str, images: Tensor, labels: Tensor) -> Trainer:
+    """rival: "eager" or "ours", and the layout, as in "ours channels_last"."""
+    provider, _, layout = rival.partition(" ")
+    model = rf.accelerate(model) if provider == "ours" else model
+    return Trainer(model, layout, dtype, images, labels)
+
+
+def check_loss(rival: str, loss: float, expected: float, dtype: str) -> None:
+    """RuntimeError if two right implementations could not differ so much at a first step."""
+    if not abs(loss - expected) <= LOSS_TOLERANCE[dtype] * abs(expected):
+        raise RuntimeError(f"{rival}: loss {loss}, eager NCHW has {expected}, not timed")
+
+
 def _trainers(job: Job, dtype: str, progress: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     """Rival name -> its step, after one compared step each; and where the model is from."""
-    images, labels = _batch(job)
+    images, labels = batch_of(job)
     base, source = plain_resnet(_model_name(job))
-    ours = rf.accelerate(copy.deepcopy(base))
-    made = {
-        "eager nchw": Trainer(copy.deepcopy(base), "nchw", dtype, images, labels),
-        "eager channels_last": Trainer(copy.deepcopy(base), "channels_last", dtype, images, labels),
-        "ours channels_last": Trainer(ours, "channels_last", dtype, images, labels),
-    }
+    names = ("eager nchw", "eager channels_last", "ours channels_last")
+    made = {n: trainer_of(n, copy.deepcopy(base), dtype, images, labels) for n in names}
     if job.compile:
         torch._dynamo.reset()
         trainer = Trainer(base, "channels_last", dtype, images, labels)
@@ -155,13 +164,12 @@ def _trainers(job: Job, dtype: str, progress: Callable[[str], None]) -> tuple[di
         progress(f"{name} {dtype}: first step")
         loss = step()
         expected = loss if expected is None else expected
-        if not abs(loss - expected) <= LOSS_TOLERANCE[dtype] * abs(expected):
-            raise RuntimeError(f"{name} {dtype}: loss {loss}, eager NCHW has {expected}, not timed")
+        check_loss(f"{name} {dtype}", loss, expected, dtype)
     return steps, source
 
 
 def _emit_steps(job: Job, dtype: str, source: str, timings: Timings, emit: Emit) -> None:
-    images, _ = _batch(job)
+    images, _ = batch_of(job)
     layouts = {"eager nchw": "nchw"}
     # Ratios are within the layout; eager NCHW stands as a rival of its own.
     by_provider = {
@@ -173,7 +181,7 @@ def _emit_steps(job: Job, dtype: str, source: str, timings: Timings, emit: Emit)
     for name in timings.seconds:
         provider, _, layout = name.partition(" ")
         p20, p50, p80 = timings.quantiles(name)
-        row = _row(job, images, provider, layout, dtype)
+        row = step_row(job, images, provider, layout, dtype)
         row |= {"kind": "model", "source": source, "rounds": timings.rounds}
         row |= {"p20": p20, "p50": p50, "p80": p80}
         if name not in layouts:
@@ -200,7 +208,7 @@ def run_models(job: Job, emit: Emit, progress: Progress) -> None:
 
 def run_memory(job: Job, emit: Emit, progress: Progress) -> None:
     """Count what one training step saves for backward, eager and ours, channels_last."""
-    images, labels = _batch(job)
+    images, labels = batch_of(job)
     for index, dtype in enumerate(job.dtypes):
         base, source = plain_resnet(_model_name(job))
         rivals = {"eager": copy.deepcopy(base), "ours": rf.accelerate(base)}
@@ -213,7 +221,7 @@ def run_memory(job: Job, emit: Emit, progress: Progress) -> None:
                 run = on_reference(run, source == "resnet_fast")
             rows[provider] = saved_bytes(run, [*model.parameters(), *model.buffers()])
         for provider, count in rows.items():
-            row = _row(job, images, provider, "channels_last", dtype)
+            row = step_row(job, images, provider, "channels_last", dtype)
             row |= {"kind": "memory", "source": source, "memory_bytes": count}
             if provider == "ours":
                 row["ratio_vs_eager"] = rows["eager"] / count

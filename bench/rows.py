@@ -13,6 +13,7 @@ Kinds and what they add:
 - ``copy``    p20 p50 p80 of one copy, bytes, bytes_per_second, over the whole process; an op's
               share_of_copy refers to the copies right before and after it
 - ``model``   one training step: p20 p50 p80, rounds, ratios (eager is of the same layout)
+- ``apart``   one training step, each rival in a process of its own with that allocator: as model
 - ``memory``  memory_bytes: activations saved for backward, by unique storage
 - ``inference``  one call in eval mode: p50 p95 (s), images_s, rounds, memory_bytes (how far
               resident memory rises), difference (from float32 eager, relative, in norm), note

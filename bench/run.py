@@ -25,7 +25,7 @@ from .job import Job
 from .rows import RESULTS, ROOT, Row, append, load, newest
 
 SECTIONS = ("ops", "models", "memory")
-ALONE = ("inference", "overhead", "uses")  # only when named
+ALONE = ("inference", "overhead", "uses", "apart")  # only when named
 ALLOCATORS = ("default", "tuned")
 
 

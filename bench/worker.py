@@ -17,8 +17,9 @@ import torch
 
 import resnet_fast as rf
 
+from .apart import run_apart
 from .inference import run_inference
-from .job import Job
+from .job import job_of
 from .kernels import run_ops
 from .models import run_memory, run_models
 from .overhead import run_overhead
@@ -34,8 +35,7 @@ def main(text: str) -> int:
     def send(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=channel, flush=True)
 
-    fields = json.loads(text)
-    job = Job(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    job = job_of(text)
     if job.allocator == "tuned" and not rf.tune_cpu_memory():
         send({"unavailable": "rf.tune_cpu_memory() has no effect on this system"})
         return 0
@@ -50,6 +50,7 @@ def main(text: str) -> int:
 
     sections = {"ops": run_ops, "memory": run_memory, "models": run_models}
     sections |= {"inference": run_inference, "overhead": run_overhead, "uses": run_uses}
+    sections["apart"] = run_apart
     for name in job.sections:
         sections[name](job, emit, progress)
     return 0

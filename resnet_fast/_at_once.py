@@ -63,9 +63,10 @@ def residual_block(block: Any, names: Names, x: Any, join: Join) -> Tensor | Non
         return None
     if steps is None:
         return None
-    *before, last, down = steps
-    out = x
-    for step in before:
+    first, *between, last, down = steps
+    out, x = _convolve_and_input(first, x)  # x is the shortcut's from here on
+    out = _norm(first, out, None, "relu")
+    for step in between:
         out = _convolve(step, out)  # by this name, so that the activation before can be freed
         out = _norm(step, out, None, "relu")
     out = _convolve(last, out)
@@ -176,6 +177,14 @@ def _convolve(step: _Step, x: Tensor) -> Tensor:
     if x.numel() >= convolution.FROM_NUMEL:
         return convolution.conv2d(x, weight, *arguments)
     return F.conv2d(x, weight, None, *arguments)
+
+
+def _convolve_and_input(step: _Step, x: Tensor) -> tuple[Tensor, Tensor]:
+    c, weight, _, _ = step
+    if x.numel() >= convolution.FROM_NUMEL:
+        arguments = c["stride"], c["padding"], c["dilation"], c["groups"]
+        return convolution.conv2d_and_input(x, weight, *arguments)
+    return _convolve(step, x), x
 
 
 def _norm(step: _Step, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fast.layout import as_rows, new_rows
+
 SCHEMAS = (
     # weight: what pack_winograd makes. bias: (C_out,), C_in and C_out multiples of 16. tile:
     # outputs a side of a tile, 2 or 4.
@@ -127,7 +129,7 @@ def conv_winograd(
     y = F.conv2d(x, filters.to(x.dtype), bias, padding=padding)
     if residual is not None:
         y = y + residual
-    return _rows(y.relu() if relu else y)
+    return as_rows(y.relu() if relu else y)
 
 
 def conv_winograd_(
@@ -152,7 +154,7 @@ def conv_winograd_weight(grad: Tensor, x: Tensor, padding: list[int], tile: int)
     dw: Tensor = torch.ops.aten.convolution_backward(
         grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]
-    return _rows(dw)
+    return as_rows(dw)
 
 
 def conv_stem(
@@ -169,12 +171,7 @@ def conv_stem(
     taps = _matrices(weight[None], bias.numel()).reshape(*kernel, x.size(1), -1)
     y = F.conv2d(x, taps.permute(3, 2, 0, 1).to(x.dtype), bias, stride, padding)
     y = y.relu() if relu else y
-    return _rows(F.max_pool2d(y, 3, 2, 1) if max_pool else y)
-
-
-def _rows(y: Tensor) -> Tensor:
-    """With channels-last strides, also where a size of one leaves PyTorch the choice."""
-    return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return as_rows(F.max_pool2d(y, 3, 2, 1) if max_pool else y)
 
 
 # ---- fakes ---------------------------------------------------------------------------------------
@@ -234,4 +231,4 @@ def fake_stem(
 
 def _new(x: Tensor, bias: Tensor, size: list[int]) -> Tensor:
     torch._check(x.dim() == 4, lambda: f"x must have 4 dimensions; got {tuple(x.shape)}")
-    return x.new_empty(x.size(0), *size, bias.numel()).permute(0, 3, 1, 2)
+    return new_rows(x, bias.numel(), size, x.dtype)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast import _conv, _phases, _plain, _scale
+from resnet_fast import _conv, _max_pool, _phases, _plain, _scale
 from resnet_fast.layout import accumulate_dtype, mask_bytes, new_like, to_layout
 
 library = torch.library.Library("resnet_fast", "DEF")
@@ -41,6 +41,7 @@ SCHEMAS = (
     *_phases.SCHEMAS,
     *_conv.SCHEMAS,
     *_scale.SCHEMAS,
+    *_max_pool.SCHEMAS,
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -146,6 +147,8 @@ _PLAIN_AND_FAKE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "batch_norm_act_backward_apply": (_phases.batch_norm_act_backward_apply, _phases.fake_apply),
     "scaled_add_relu_forward": (_scale.scaled_add_relu_forward, _scale.fake_forward),
     "scaled_add_relu_backward": (_scale.scaled_add_relu_backward, _scale.fake_backward),
+    "max_pool_forward": (_max_pool.max_pool_forward, _max_pool.fake_forward),
+    "max_pool_backward": (_max_pool.max_pool_backward, _max_pool.fake_backward),
     "conv_winograd": (_conv.conv_winograd, _conv.fake_winograd),
     "conv_winograd_": (_conv.conv_winograd_, _conv.fake_winograd_),
     "conv_winograd_pack": (_conv.conv_winograd_pack, _conv.fake_winograd_pack),

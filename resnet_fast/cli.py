@@ -110,6 +110,8 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     what.add_argument("--overhead", action="store_true", help=calls)
     ways = "a small step of each way of use in docs/uses.md that has a speed"
     what.add_argument("--uses", action="store_true", help=ways)
+    apart = "a training step as a user has it, against ours tuned: each in a process of its own"
+    what.add_argument("--apart", action="store_true", help=apart)
     nets, sizes = ["resnet18", "resnet50", "resnet101"], [1, 16, 64]
     which = "of --inference (default: all)"
     what.add_argument("--networks", nargs="+", choices=nets, default=nets, help=which)

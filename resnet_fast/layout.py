@@ -7,6 +7,8 @@ An op works on dense tensors in one of two orders: contiguous (N, C, *) or chann
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,19 @@ def normalise(x: Tensor) -> tuple[Tensor, bool]:
 def new_like(x: Tensor) -> Tensor:
     """An uninitialised output of x's shape, in the layout of normalise(x)."""
     return torch.empty_like(x if is_channels_last(x) else x.contiguous())
+
+
+def as_rows(y: Tensor) -> Tensor:
+    """(N, C, H, W) with channels-last strides, also where a size of one leaves PyTorch the choice.
+
+    y itself if it has them.
+    """
+    return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def new_rows(like: Tensor, channels: int, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised (N, channels, *size) on like's device, with the strides of as_rows."""
+    return like.new_empty(like.size(0), *size, channels, dtype=dtype).permute(0, 3, 1, 2)
 
 
 def memory_order(x: Tensor, channels_last: bool) -> Tensor:

@@ -27,7 +27,7 @@ from devices import on_device  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import resnet_fast as rf  # noqa: E402
-from resnet_fast import _plain, config, convolution, dispatch, env, functional  # noqa: E402
+from resnet_fast import _conv_ways, _plain, config, convolution, dispatch, env, functional  # noqa: E402
 
 try:
     import hypothesis
@@ -190,11 +190,11 @@ def every_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Otherwise they start at sizes that would make a slow suite.
     """
-    for dtype in convolution.FROM_MACS:
-        monkeypatch.setitem(convolution.FROM_MACS, dtype, 1)
+    for dtype in _conv_ways.FROM_MACS:
+        monkeypatch.setitem(_conv_ways.FROM_MACS, dtype, 1)
     monkeypatch.setattr(convolution, "FROM_NUMEL", 0)
-    monkeypatch.setattr(convolution, "_ways", {})
-    monkeypatch.setattr(convolution, "has_instructions", lambda dtype: False)
+    monkeypatch.setattr(_conv_ways, "_ways", {})
+    monkeypatch.setattr(_conv_ways, "has_instructions", lambda dtype: False)
 
 
 @pytest.fixture(autouse=True)

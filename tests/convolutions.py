@@ -15,10 +15,10 @@ import winograd
 from cases import word
 from torch import Tensor
 
-from resnet_fast import convolution, dispatch
+from resnet_fast import _conv_ways, convolution, dispatch
 
 HALVES = (torch.bfloat16, torch.float16)
-PLAIN, POINTWISE, COLUMNS = convolution.PLAIN, convolution.POINTWISE, convolution.COLUMNS
+PLAIN, POINTWISE, COLUMNS = _conv_ways.PLAIN, _conv_ways.POINTWISE, _conv_ways.COLUMNS
 Pair = tuple[int, int]
 
 
@@ -98,12 +98,12 @@ def eager(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     return F.conv2d(x, weight, None, *arguments)
 
 
-def way_of(conv: Conv, x: Tensor, weight: Tensor) -> convolution.Way | None:
-    return convolution._choose(x, weight, None, *conv.arguments())
+def way_of(conv: Conv, x: Tensor, weight: Tensor) -> _conv_ways.Way | None:
+    return _conv_ways._choose(x, weight, None, *conv.arguments())
 
 
 def magnitudes(
-    x: Tensor, weight: Tensor, grad: Tensor, conv: Conv, way: convolution.Way | None
+    x: Tensor, weight: Tensor, grad: Tensor, conv: Conv, way: _conv_ways.Way | None
 ) -> dict[str, Tensor]:
     """The sums of absolute terms of each result, by the kernel that makes it."""
     terms = run(eager, *(t.double().abs() for t in (x, weight, grad)), conv)

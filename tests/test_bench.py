@@ -208,19 +208,6 @@ def test_a_torn_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "rows.jsonl:2" in capsys.readouterr().err
 
 
-def test_the_comparison_across_allocators(tmp_path: Path) -> None:
-    measured = [
-        a_row(p50=3.0),
-        a_row(p50=4.0, layout="nchw"),
-        a_row(p50=2.0, provider="ours"),
-        a_row(p50=1.0, provider="ours", allocator="tuned"),
-    ]
-    ((key, ratios),) = comparison.cross_ratios(measured)
-    assert key == ("resnet50", "16x3x224x224", "float32")
-    assert ratios == {"channels_last": 3.0, "nchw": 4.0}
-    assert comparison.cross_ratios(measured[:3]) == []
-
-
 def test_show_prints_every_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
     timed = {"kind": "op", "name": "bn", "shape": [16, 4, 2, 2], "count": 2, "bytes": 2_000_000}
@@ -231,12 +218,14 @@ def test_show_prints_every_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
         a_row(kind="memory", memory_bytes=2**30),
         a_row(kind="memory", provider="ours", memory_bytes=2**29, ratio_vs_eager=2.0),
         a_row(kind="copy", name="copy", bytes_per_second=1.2e10),
+        a_row(kind="apart", p50=4.5),
+        a_row(kind="apart", provider="ours", ratio_vs_eager=1.5, ratio_vs_eager_nchw=2.5),
     ]  # fmt: skip
     for row in measured:
         rows.append(path, row)
     assert cli.main(["bench", "--show", "--layers", "--results", str(path)]) == 0
     out = capsys.readouterr().out
-    for part in ("12.0 GB/s", "1.75x", "87%", "512 MiB", "two processes", "all norms"):
+    for part in ("12.0 GB/s", "1.75x", "87%", "512 MiB", "4.500 s", "2.50x", "all norms"):
         assert part in out
 
 

@@ -30,7 +30,7 @@ from convolutions import (
 from torch import Tensor
 
 import resnet_fast as rf
-from resnet_fast import convolution, dispatch, functional
+from resnet_fast import _conv_kernels, _conv_ways, convolution, dispatch, functional
 
 pytestmark = [
     pytest.mark.skipif(not rf.is_available(), reason=str(rf.why_unavailable())),
@@ -87,14 +87,14 @@ def test_sweep(kernel: int, padding: int | Pair, n: int) -> None:
 
 def test_columns_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """More windows than are gathered at once."""
-    monkeypatch.setattr(convolution, "COLUMN_BYTES", 1)
+    monkeypatch.setattr(_conv_kernels, "COLUMN_BYTES", 1)
     conv = Conv(stride=2, n=5)
     check(*conv.make(), conv)
 
 
 def test_what_pytorch_computes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """float64, small convolutions, and 16 bits where the processor has them."""
-    monkeypatch.setattr(convolution, "has_instructions", lambda dtype: True)
+    monkeypatch.setattr(_conv_ways, "has_instructions", lambda dtype: True)
     for dtype in (torch.float64, *HALVES):
         x, weight, grad = WINOGRAD.make(dtype)
         assert way_of(WINOGRAD, x, weight) is None
@@ -102,7 +102,7 @@ def test_what_pytorch_computes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     monkeypatch.undo()
     x, weight, _ = ONE.make()
-    assert convolution.FROM_MACS[torch.float32] > x.size(0) * weight.numel() * 14 * 13
+    assert _conv_ways.FROM_MACS[torch.float32] > x.size(0) * weight.numel() * 14 * 13
     assert way_of(ONE, x, weight) is None
 
 
@@ -248,7 +248,7 @@ def test_compilers_see_the_standard_operator() -> None:
 
 # ---- the table of ways ---------------------------------------------------------------------------
 def test_table_is_bounded_and_shared_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "MAX_WAYS", 4)
+    monkeypatch.setattr(_conv_ways, "MAX_WAYS", 4)
     weight = torch.randn(8, 4, 1, 1)
     failed: list[str] = []
 
@@ -260,8 +260,8 @@ def test_table_is_bounded_and_shared_by_threads(monkeypatch: pytest.MonkeyPatch)
             y = convolution.conv2d(x, weight, 1, 0, 1, 1)
             if not torch.allclose(y, weight.sum(1).view(1, 8, 1, 1).expand_as(y), atol=1e-5):
                 failed.append(str(x.shape))
-            if len(convolution._ways) > 4:
-                failed.append(f"{len(convolution._ways)} ways")
+            if len(_conv_ways._ways) > 4:
+                failed.append(f"{len(_conv_ways._ways)} ways")
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 3, 7)]
     for thread in threads:
@@ -269,7 +269,7 @@ def test_table_is_bounded_and_shared_by_threads(monkeypatch: pytest.MonkeyPatch)
     for thread in threads:
         thread.join()
     assert not failed
-    assert convolution._ways
+    assert _conv_ways._ways
 
 
 def test_conv_bn_act() -> None:

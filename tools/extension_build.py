@@ -36,6 +36,7 @@ CPU_KERNELS = (
     "conv_winograd",
     "conv_winograd_pack",
     "conv_winograd_weight",
+    "max_pool",
     "scaled_add_relu",
     "table",
 )
@@ -57,6 +58,7 @@ TORCH_SOURCES = (
     "cpu/batch_norm_act",
     "cpu/batch_norm_phases",
     "cpu/conv",
+    "cpu/max_pool",
     "cpu/scaled_add_relu",
     "cpu/register",
 )

@@ -149,6 +149,30 @@ struct BnGradParams {
   bool stream;
 };
 
+// y = the largest of each window of 3x3, stride 2, padding 1; place: which of the nine, or null.
+// All channels-last.
+struct MaxPoolParams {
+  const void* x;
+  void* y;
+  uint8_t* place;
+  int64_t images, channels;
+  int64_t height, width;
+  int64_t out_height, out_width;
+  DType dtype;
+};
+
+// dx = the sum of the gradients of the windows whose largest a pixel was.
+struct MaxPoolGradParams {
+  const void* grad;
+  const uint8_t* place;
+  void* dx;
+  int64_t images, channels;
+  int64_t height, width;
+  int64_t out_height, out_width;
+  DType dtype;
+  bool stream;
+};
+
 // y = conv(x, w) + bias [+ residual] [relu] in float32, all channels-last, C_out a multiple of 16.
 // weight: panels of 32 output channels, zero-filled: [panel][k][32], k = (kh, kw, C_in) flat, or
 // for Winograd [point][panel][C_in][32]. bias: of every output channel.
@@ -185,6 +209,8 @@ struct KernelTable {
   void (*bn_apply)(const BnApplyParams&, const Parallel&);
   void (*bn_reduce)(const BnReduceParams&, const Parallel&);
   void (*bn_grad)(const BnGradParams&, const Parallel&);
+  void (*max_pool)(const MaxPoolParams&, const Parallel&);
+  void (*max_pool_grad)(const MaxPoolGradParams&, const Parallel&);
   // 3x3, stride 1, C_in a multiple of 16; tile: 2 or 4, the output pixels a side of a tile.
   void (*conv_winograd)(const ConvParams&, int tile, const Parallel&);
   void (*conv_winograd_pack)(const FilterParams&, int tile, const Parallel&);

@@ -15,6 +15,8 @@ void bn_stats(const BnStatsParams&, const Parallel&);
 void bn_apply(const BnApplyParams&, const Parallel&);
 void bn_reduce(const BnReduceParams&, const Parallel&);
 void bn_grad(const BnGradParams&, const Parallel&);
+void max_pool(const MaxPoolParams&, const Parallel&);
+void max_pool_grad(const MaxPoolGradParams&, const Parallel&);
 void conv_winograd(const ConvParams&, int tile, const Parallel&);
 void conv_winograd_pack(const FilterParams&, int tile, const Parallel&);
 void conv_winograd_weight(const ConvParams&, float* weight, int tile, const Parallel&);

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from resnet_fast import _conv
-from resnet_fast.convolution import has_instructions
+from resnet_fast._conv_ways import has_instructions
 from resnet_fast.inference import winograd
 from resnet_fast.inference.fold import MAX_SIZES, ConvSpec, folded
 

@@ -89,19 +89,9 @@ bool is_rows(const Tensor& x) {
          x.stride(0) == x.size(1) * x.size(2) * x.size(3);
 }
 
-// (n, c, h, w) of float32 with channels-last strides, whatever the sizes are. No view, which
-// transposing would make of it: autograd would let nobody change it in place.
-Tensor new_rows(int64_t n, int64_t c, int64_t h, int64_t w) {
-  const int64_t sizes[] = {n, c, h, w}, strides[] = {h * w * c, 1, w * c, c};
-  AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      4, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &made));
-  return on_huge_pages(Tensor(made));
-}
-
 Tensor to_rows(const Tensor& x) {
   if (is_rows(x)) return x;
-  Tensor rows = new_rows(x.size(0), x.size(1), x.size(2), x.size(3));
+  Tensor rows = new_rows(x.size(0), x.size(1), x.size(2), x.size(3), ScalarType::Float);
   return torch::stable::copy_(rows, x);
 }
 
@@ -125,7 +115,7 @@ Tensor conv_winograd(Tensor x, Tensor weight, Tensor bias, OptionalTensor residu
     residual = to_rows(*residual);
   }
   x = to_rows(x);
-  const Tensor y = new_rows(p.n, p.out_c, p.out_h, p.out_w);
+  const Tensor y = new_rows(p.n, p.out_c, p.out_h, p.out_w, ScalarType::Float);
   if (p.n == 0) return y;
   set_pointers(p, x, weight, bias, residual ? &*residual : nullptr, y);
   cpu::kernels().conv_winograd(p, int(tile), torch_threads());
@@ -179,7 +169,7 @@ Tensor conv_winograd_weight(Tensor grad, Tensor x, Pair padding, int64_t tile) {
   check_outputs("grad", grad, p);
   STD_TORCH_CHECK(p.in_c > 0 && p.out_c > 0 && p.in_c % 16 == 0 && p.out_c % 16 == 0,
                   "x and grad must have a multiple of 16 channels; got ", p.in_c, " and ", p.out_c);
-  const Tensor weight = new_rows(p.out_c, p.in_c, 3, 3);
+  const Tensor weight = new_rows(p.out_c, p.in_c, 3, 3, ScalarType::Float);
   if (p.n == 0) return torch::stable::zero_(const_cast<Tensor&>(weight));
   x = to_rows(x), grad = to_rows(grad);
   p.x = static_cast<const float*>(x.const_data_ptr());
@@ -195,7 +185,7 @@ Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, Pair kernel, Pair stride,
   check_packed(weight, p, p.kernel_h * p.kernel_w);
   x = to_rows(x);
   const auto pooled = [&](int64_t size) { return max_pool ? (size - 1) / 2 + 1 : size; };
-  const Tensor y = new_rows(p.n, p.out_c, pooled(p.out_h), pooled(p.out_w));
+  const Tensor y = new_rows(p.n, p.out_c, pooled(p.out_h), pooled(p.out_w), ScalarType::Float);
   if (p.n == 0) return y;
   set_pointers(p, x, weight, bias, nullptr, y);
   cpu::kernels().conv_stem(p, max_pool, torch_threads());

@@ -8,6 +8,8 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("add_relu_inference", TORCH_BOX(&resnet_fast::add_relu_inference));
   m.impl("scaled_add_relu_forward", TORCH_BOX(&resnet_fast::scaled_add_relu_forward));
   m.impl("scaled_add_relu_backward", TORCH_BOX(&resnet_fast::scaled_add_relu_backward));
+  m.impl("max_pool_forward", TORCH_BOX(&resnet_fast::max_pool_forward));
+  m.impl("max_pool_backward", TORCH_BOX(&resnet_fast::max_pool_backward));
   m.impl("batch_norm_act_inference", TORCH_BOX(&resnet_fast::batch_norm_act_inference));
   m.impl("add_relu_backward", TORCH_BOX(&resnet_fast::add_relu_backward));
   m.impl("batch_norm_act_forward", TORCH_BOX(&resnet_fast::batch_norm_act_forward));

@@ -105,6 +105,15 @@ Tensor new_like(const Tensor& x) {
   return on_huge_pages(Tensor(made));
 }
 
+Tensor new_rows(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type) {
+  const int64_t sizes[] = {n, c, h, w}, strides[] = {h * w * c, 1, w * c, c};
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return on_huge_pages(Tensor(made));
+}
+
 Tensor on_huge_pages(Tensor fresh) {
   const int64_t bytes = bytes_of(fresh);
   if (bytes >= kHugeFrom) advise_huge_pages(fresh.mutable_data_ptr(), bytes);

@@ -26,6 +26,9 @@ void add_columns(std::vector<double>& sums, int64_t repeat);
 
 // A new tensor like the dense x, on_huge_pages.
 Tensor new_like(const Tensor& x);
+// A new tensor (n, c, h, w), channels-last whatever the sizes are, on_huge_pages. No view, which
+// transposing would make of it: autograd would let nobody change it in place.
+Tensor new_rows(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type);
 // The tensor, which nobody has written to yet; a large one is put on huge pages, where the system
 // has them: its page faults otherwise cost several times what writing it does.
 Tensor on_huge_pages(Tensor fresh);
@@ -74,6 +77,9 @@ std::tuple<Tensor, Tensor, Tensor> scaled_add_relu_backward(Tensor grad, Optiona
                                                             OptionalTensor scale, double factor,
                                                             Tensor mask, bool channels_last,
                                                             std::vector<bool> output_mask);
+// The max-pooling of a stem (resnet_fast/_max_pool.py), the CPU's alone.
+std::tuple<Tensor, Tensor> max_pool_forward(Tensor x, bool save_place);
+Tensor max_pool_backward(Tensor grad, Tensor place, int64_t height, int64_t width);
 // Convolutions of packed weights (resnet_fast/_conv.py), the CPU's alone.
 Tensor conv_winograd(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual,
                      std::vector<int64_t> padding, int64_t tile, bool relu);

@@ -93,34 +93,6 @@ def test_bfloat16_without_instructions_is_said(
     assert "no bfloat16 instructions" in str(rf.explain(fast))
 
 
-# Pieces of the sizes between in `make test-slow`.
-@pytest.mark.parametrize(
-    ("limit", "batch"),
-    [(batches.PIECE_BYTES, n) for n in (1, 2, 3, 5, 8, 13, 33, 65)]
-    + [
-        pytest.param(1 << 18, n, marks=() if n in (13, 65) else pytest.mark.slow)
-        for n in (1, 2, 3, 5, 8, 13, 33, 65)
-    ],
-)
-def test_batch_sizes(
-    resnet18: nn.Module, batch: int, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After one example; with the small limit the batch runs in pieces."""
-    monkeypatch.setattr(batches, "PIECE_BYTES", limit)
-    fast = rf.optimize_for_inference(resnet18, X[:1])
-    x = image(batch, 3, 32, 32)
-    agrees(fast, resnet18, x)
-
-
-def test_pieces_are_powers_of_two_and_whole(fast18: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "PIECE_BYTES", 4 << 14)  # of the pooled stem: 8 x 8 x 64 floats
-    for batch in range(1, 40):
-        sizes = batches.pieces(fast18.trace, (batch, 3, 32, 32))
-        assert sizes == ([] if batch <= 4 else [4] * (batch // 4) + sizes[batch // 4 :])
-        assert sum(sizes) in (0, batch)
-        assert all(size in (1, 2, 4) for size in sizes)
-
-
 @pytest.mark.parametrize("size", [(33, 33), (64, 47), (97, 65), (224, 224)])
 def test_picture_sizes(resnet18: nn.Module, fast18: nn.Module, size: tuple[int, int]) -> None:
     agrees(fast18, resnet18, image(1, 3, *size))

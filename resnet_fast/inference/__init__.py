@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from resnet_fast.inference.module import OptimizedModule, device_of
 from resnet_fast.inference.plan import Plan, PlanError
+from resnet_fast.inference.progress import Tell
 
 __all__ = ["OptimizedModule", "Plan", "PlanError", "optimize_for_inference"]
 
@@ -32,6 +33,7 @@ def optimize_for_inference(
     calibration: Iterable[Any] | None = None,
     cuda_graph: bool = False,
     plan: Plan | None = None,
+    progress: bool | Tell | None = None,
 ) -> OptimizedModule:
     """A module that computes what ``model.eval()`` does, as fast as it can be here.
 
@@ -48,6 +50,10 @@ def optimize_for_inference(
     plan: on CUDA, the choices of an earlier process (``Plan.load(path)``), used without measuring;
         what it lacks is measured at the first call of a shape and added. By default an empty one,
         which the result's ``plan`` gives to print and save.
+    progress: what loading is at. By default it is written to stderr if that is a terminal and
+        loading takes longer than two seconds; True: always, False: never. A function is called
+        as progress(done, total, what) before each step and at the end. ``refresh`` does the same.
+        dtype="int8" tells nothing.
 
     The result stays on the device of the model and example_input. Its parameters are private
     copies: a later change of the model's weights or hooks makes its calls raise RuntimeError until
@@ -64,6 +70,8 @@ def optimize_for_inference(
         raise TypeError(f"example_input must be a Tensor; got {type(example_input).__name__}")
     if not example_input.is_floating_point():
         raise TypeError(f"example_input must be floating point; got {example_input.dtype}")
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be a bool or a function; got {type(progress).__name__}")
     if (dtype == "int8") != (calibration is not None):
         raise ValueError('calibration must be given with dtype="int8", and only then')
     if plan is not None and not isinstance(plan, Plan):
@@ -79,7 +87,9 @@ def optimize_for_inference(
         names = ", ".join(map(str, _DTYPES))
         raise ValueError(f'dtype must be one of {names}, "int8"; got {dtype!r}')
     assert isinstance(dtype, torch.dtype)
-    return OptimizedModule(model, example_input, dtype, cuda_graph=cuda_graph, plan=plan)
+    return OptimizedModule(
+        model, example_input, dtype, cuda_graph=cuda_graph, plan=plan, progress=progress
+    )
 
 
 def _quantized(model: nn.Module, example: Tensor, calibration: Iterable[Any]) -> OptimizedModule:

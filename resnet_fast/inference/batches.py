@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A large batch in pieces: activations that stay in the cache, and memory that malloc re-uses."""
+"""A large batch in pieces: activations that stay in the cache, and memory that malloc re-uses.
+
+A ResNet's first maps are large and its filters small; towards the end it is the other way round. So
+the graph is cut where a single value is alive, and each segment has a piece size of its own: small
+pieces for large maps, the whole batch where reading the weights again would cost most.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +35,52 @@ _SAMPLEWISE = {
     aten.adaptive_avg_pool2d.default,
     aten.linear.default,
 }
-# No value of a piece is larger, if one sample's is not. glibc keeps freed blocks below 32 MiB for
-# the next call, and gives larger ones back to the system: each use then costs its page faults.
-PIECE_BYTES = 26 << 20
+# What may be alive at once in a piece, if one sample does not need more. Far below the 32 MiB from
+# which glibc gives freed blocks back to the system, so that each use would cost its page faults.
+PIECE_BYTES = 10 << 20
+
+
+@dataclass
+class Segment:
+    """Nodes from one cut to the next. takes: the values (or inputs) that they read from outside.
+
+    The last node is the graph's output or the one value that is alive at the cut.
+    """
+
+    takes: list[fx.Node]
+    nodes: list[fx.Node]
+
+
+@dataclass
+class Level:
+    """Segments [first, last) that run on pieces of at most ``piece`` samples."""
+
+    piece: int
+    first: int
+    last: int
+
+
+def whole(trace: Trace) -> Segment:
+    """The graph as one segment."""
+    inputs = [n for n in trace.graph.nodes if n.op == "placeholder" and n.name in trace.inputs]
+    inputs.sort(key=lambda node: trace.inputs.index(node.name))
+    nodes = [n for n in trace.graph.nodes if n.op != "placeholder" and n not in trace.known]
+    return Segment(inputs, nodes)
+
+
+def cut(trace: Trace) -> list[Segment]:
+    """The graph's segments: cut wherever only the value just computed is read later."""
+    uncut = whole(trace)
+    last = {value: at for at, node in enumerate(uncut.nodes) for value in node.all_input_nodes}
+    segments, takes, nodes = [], uncut.takes, list[fx.Node]()
+    alive = set(takes)
+    for at, node in enumerate(uncut.nodes):
+        nodes.append(node)
+        alive = {value for value in (*alive, node) if last.get(value, -1) > at}
+        if alive == {node} or node.op == "output":
+            segments.append(Segment(takes, nodes))
+            takes, nodes = [node], []
+    return segments
 
 
 def samplewise(trace: Trace) -> bool:
@@ -65,39 +114,58 @@ def _leads(node: fx.Node, batch: Any) -> bool:
     return shape is not None and len(shape) > 0 and bool(shape[0] == batch)
 
 
-def pieces(trace: Trace, shape: Sequence[int]) -> list[int]:
-    """Sizes of the pieces of a batch of inputs of this shape; [] for all at once.
+def levels(segments: Sequence[Segment], sizes: Mapping[Any, int], batch: int) -> list[Level]:
+    """How a batch runs, the largest maps first; a single Level where all of it runs at once.
 
-    All are powers of two, so that few sizes occur: each new one costs a packing of the weights.
+    sizes: of the trace's symbols. A level's pieces are whole ones of the level before. They are
+    powers of two, so that few sizes occur: each new one costs a packing of the weights.
     """
-    left, largest = shape[0], largest_value(trace, shape)
-    if left < 2 or largest * left <= PIECE_BYTES:
-        return []
-    piece = 1 << max(0, int(math.log2(max(PIECE_BYTES / largest, 1))))
+    pieces: list[int] = []
+    for segment in reversed(segments):
+        fitting = PIECE_BYTES * batch / max(alive_bytes(segment, sizes), 1) if batch > 1 else 1
+        piece = batch if fitting >= batch else 1 << max(0, int(math.log2(max(fitting, 1))))
+        pieces.append(min(piece, *pieces[-1:], batch))
+    found: list[Level] = []
+    for number, piece in enumerate(reversed(pieces)):
+        if found and found[-1].piece == piece:
+            found[-1].last = number + 1
+        else:
+            found.append(Level(piece, number, number + 1))
+    return found
+
+
+def split(batch: int, piece: int) -> list[int]:
+    """Sizes of the pieces of a batch: the batch itself, or powers of two."""
+    if batch <= piece:
+        return [batch]
     sizes = []
-    while left:
-        while piece > left:
+    while batch:
+        while piece > batch:
             piece //= 2
         sizes.append(piece)
-        left -= piece
-    return sizes if len(sizes) > 1 else []
+        batch -= piece
+    return sizes
 
 
-def largest_value(trace: Trace, shape: Sequence[int]) -> int:
-    """Bytes of the largest value in the graph, for one sample."""
-    known = trace.shapes[0]
-    assert known is not None
-    sizes = {
-        symbol: size
-        for symbol, size in zip(known, shape, strict=True)
-        if not isinstance(symbol, int)
-    }
-    sizes[known[0]] = 1
-    largest = 0
-    for node in trace.graph.nodes:
-        value = symbolic_shape(node)
-        if node.op != "call_function" or not value or value[0] != known[0]:
-            continue
-        numbers = [int(s.subs(sizes)) if hasattr(s, "subs") else s for s in value]
-        largest = max(largest, math.prod(numbers) * 4)
-    return largest
+def alive_bytes(segment: Segment, sizes: Mapping[Any, int]) -> int:
+    """Bytes of the values alive at once in a segment, at the most; sizes: of the symbols."""
+    last = {value: at for at, node in enumerate(segment.nodes) for value in node.all_input_nodes}
+    alive = {value: _bytes(value, sizes) for value in segment.takes}
+    most = 0
+    for at, node in enumerate(segment.nodes):
+        if node.op == "output":
+            break
+        if node.target is fused_conv and node.args[2].inplace:  # type: ignore[union-attr]
+            alive.pop(node.args[1], None)  # type: ignore[arg-type]
+        alive[node] = _bytes(node, sizes)
+        most = max(most, sum(alive.values()))
+        alive = {value: size for value, size in alive.items() if last.get(value, -1) > at}
+    return most
+
+
+def _bytes(node: fx.Node, sizes: Mapping[Any, int]) -> int:
+    shape = symbolic_shape(node)
+    if shape is None:
+        return 0
+    numbers = [int(s.subs(sizes)) if hasattr(s, "subs") else s for s in shape]
+    return math.prod(numbers) * int(node.meta["val"].element_size())

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from resnet_fast.dispatch import logger
-from resnet_fast.inference.batches import samplewise
+from resnet_fast.inference.batches import Level
 from resnet_fast.inference.capture import GraphCache, Recorder
 from resnet_fast.inference.fold import MAX_SIZES
 from resnet_fast.inference.kernels import Kernels
+from resnet_fast.inference.program import Program
 from resnet_fast.inference.trace import Trace, check_shape
 from resnet_fast.inference.watch import Watch
 
@@ -25,13 +25,13 @@ class Call:
 
     def __init__(
         self,
-        run: Callable[..., Any],
+        program: Program,
         trace: Trace,
         kernels: Kernels,
         dtypes: tuple[torch.dtype, torch.dtype],
         guard: Guard | None,
     ) -> None:
-        self._function, self._trace, self._guard = run, trace, guard
+        self._program, self._trace, self._guard = program, trace, guard
         self._kernels = kernels
         self._graphs: GraphCache | None = None
         self._why_no_graphs = ""
@@ -39,10 +39,9 @@ class Call:
         # Not a method: the cache of graphs has it, and is to go as soon as nobody calls this.
         layout = kernels.memory_format(self._compute)
         self._ready = functools.partial(_ready, self._compute, layout)
-        self._seen: dict[Any, list[int]] = {}
+        self._seen: dict[Any, list[Level]] = {}
         self._out_spec = trace.out_spec
         self._single = trace.out_spec.is_leaf()
-        self._samplewise = samplewise(trace)
 
     def record(self, recorder: Recorder) -> None:
         """From here on run as graphs, if every step is one that a graph can hold."""
@@ -50,7 +49,7 @@ class Call:
             self._why_no_graphs = "no CUDA graph: forward hooks run in Python at every call"
             logger.warning("optimize_for_inference: %s", self._why_no_graphs)
         else:
-            self._graphs = GraphCache(self._function, self._ready, recorder)
+            self._graphs = GraphCache(self._program, self._ready, recorder)
 
     def reasons(self) -> list[str]:
         """Why graphs were asked for and do not run."""
@@ -64,21 +63,17 @@ class Call:
             if all(map(_is_tensor, leaves))
             else None
         )
-        sizes = self._seen.get(key)
-        if sizes is None:
-            sizes = self._admit(leaves)
+        found = self._seen.get(key)
+        if found is None:
+            found = self._admit(leaves)
             if len(self._seen) >= MAX_SIZES:
                 self._seen.clear()
-            self._seen[key] = sizes
+            self._seen[key] = found
         settings = self._kernels.begin(self._compute)
-        if sizes:
-            split = zip(*(x.split(sizes) for x in leaves))  # noqa: B905
-            parts = [self._function(*map(self._ready, piece)) for piece in split]
-            outputs = [torch.cat(group) for group in zip(*parts)]  # noqa: B905
-        elif self._graphs is not None:
+        if self._graphs is not None:
             outputs = self._graphs(leaves, settings)
         else:
-            outputs = self._function(*map(self._ready, leaves))
+            outputs = self._program.run(leaves, found, self._ready)
         if self._guard is not None:
             self._guard.check()
         if self._dtype is not self._compute:
@@ -88,16 +83,17 @@ class Call:
             ]
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
 
-    def _admit(self, leaves: list[Any]) -> list[int]:
-        """Check inputs of shapes not seen before; returns the sizes of the batch's pieces."""
+    def _admit(self, leaves: list[Any]) -> list[Level]:
+        """Check inputs of shapes not seen before; returns in which pieces the batch runs."""
         if len(leaves) != len(self._trace.shapes):
             raise TypeError(f"expected {len(self._trace.shapes)} inputs; got {len(leaves)}")
         for x in leaves:
             if not isinstance(x, Tensor):
                 raise TypeError(f"inputs must be tensors; got {type(x).__name__}")
             self._check(x)
-        check_shape(self._trace, leaves)
-        return self._kernels.pieces(self._trace, leaves[0].shape) if self._samplewise else []
+        sizes = check_shape(self._trace, leaves)
+        batch = len(leaves[0]) if leaves and leaves[0].dim() else 1
+        return self._program.plan(sizes, batch)
 
     def _check(self, x: Tensor) -> None:
         if x.device != self._kernels.device:

@@ -20,7 +20,6 @@ from resnet_fast.inference.agree import Trial
 from resnet_fast.inference.candidates import Conv
 from resnet_fast.inference.fold import MAX_SIZES, ConvSpec, folded
 from resnet_fast.inference.plan import PLAIN, ConvKey, Entry, Plan
-from resnet_fast.inference.trace import Trace
 from resnet_fast.layout import accumulate_dtype
 
 NOT_YET = "measured at the first call of a shape"
@@ -61,6 +60,8 @@ _measuring = threading.Lock()
 class MeasuredKernels:
     """Convs for a device on which the fastest candidate is found by measuring."""
 
+    in_pieces = False
+
     def __init__(self, device: torch.device, platform: Platform, plan: Plan) -> None:
         self.device, self.platform, self.plan = device, platform, plan
         self._convs: weakref.WeakSet[MeasuredConv] = weakref.WeakSet()
@@ -71,9 +72,6 @@ class MeasuredKernels:
 
     def memory_format(self, dtype: torch.dtype) -> torch.memory_format:
         return self.platform.memory_format(dtype)
-
-    def pieces(self, trace: Trace, shape: torch.Size) -> list[int]:
-        return []
 
     def begin(self, dtype: torch.dtype) -> str:
         """What graphs depend on, before a call; choices made under other settings are forgotten."""

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from resnet_fast.inference import batches, cpu
+from resnet_fast.inference import cpu
 from resnet_fast.inference.choose import MeasuredKernels
 from resnet_fast.inference.cuda import Cuda
 from resnet_fast.inference.fold import ConvSpec
 from resnet_fast.inference.plan import Plan
-from resnet_fast.inference.trace import NotTraceable, Trace
+from resnet_fast.inference.trace import NotTraceable
 
 # Of a conv, for explain: (what runs, why not the fast one).
 Describe = Callable[[], tuple[str, str]]
@@ -24,6 +24,7 @@ class Kernels(Protocol):
     """A device's part. Inputs and values of four dimensions are in its memory format."""
 
     device: torch.device
+    in_pieces: bool  # whether a large batch runs in pieces
 
     @property
     def plan(self) -> Plan | None:
@@ -34,9 +35,6 @@ class Kernels(Protocol):
 
     def memory_format(self, dtype: torch.dtype) -> torch.memory_format:
         """The layout to calculate in."""
-
-    def pieces(self, trace: Trace, shape: torch.Size) -> list[int]:
-        """Sizes of the pieces in which a batch runs; [] for all at once."""
 
     def begin(self, dtype: torch.dtype) -> str:
         """Called before each call; PyTorch's settings that choices depend on."""
@@ -51,6 +49,7 @@ class CpuKernels:
     """Our Winograd and stem, and oneDNN's convs; chosen by counting."""
 
     plan: Plan | None = None
+    in_pieces = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -61,9 +60,6 @@ class CpuKernels:
 
     def memory_format(self, dtype: torch.dtype) -> torch.memory_format:
         return torch.channels_last
-
-    def pieces(self, trace: Trace, shape: torch.Size) -> list[int]:
-        return batches.pieces(trace, shape)
 
     def begin(self, dtype: torch.dtype) -> str:
         return ""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast.dispatch import logger
+from resnet_fast.inference.batches import cut, samplewise, whole
 from resnet_fast.inference.call import Call, Guard
 from resnet_fast.inference.capture import Recorder
 from resnet_fast.inference.cuda import CudaGraphs
@@ -18,11 +19,14 @@ from resnet_fast.inference.fuse import fuse, fused_conv, module_name
 from resnet_fast.inference.hooks import Caller, Point, hook_call, hooked_modules, make_call
 from resnet_fast.inference.kernels import kernels_for
 from resnet_fast.inference.plan import Plan
-from resnet_fast.inference.program import compile_graph, evaluate_constants
+from resnet_fast.inference.program import Program, compile_segment, evaluate_constants
+from resnet_fast.inference.progress import Progress, Tell
 from resnet_fast.inference.table import Row, Table
 from resnet_fast.inference.trace import NotTraceable, Trace, capture
 from resnet_fast.inference.trace import private_copy as copy_of
 from resnet_fast.inference.watch import Watch
+
+STEPS, TRACING = 100, 80  # of loading, in percent; torch.export takes most of the time
 
 
 class OptimizedModule(nn.Module):
@@ -45,8 +49,10 @@ class OptimizedModule(nn.Module):
         *,
         cuda_graph: bool = False,
         plan: Plan | None = None,
+        progress: bool | Tell | None = None,
     ) -> None:
         super().__init__()
+        self._progress = progress
         self.training = False
         self.dtype = dtype
         self.device = device_of(model, example)
@@ -117,12 +123,15 @@ class OptimizedModule(nn.Module):
             )
         hooks = hooked_modules(model)
         trace = self.trace if hooks == self._hooks else None
-        try:
-            trace = trace or self._traced(model)
-            run, rows = self._compile(trace, model)
-        except NotTraceable as error:
-            run, rows = self._as_module(model, str(error))
-            trace = None
+        with Progress(self._progress) as say:
+            try:
+                say(0, STEPS, "tracing with torch.export")
+                trace = trace or self._traced(model)
+                run, rows = self._compile(trace, model, say)
+            except NotTraceable as error:
+                run, rows = self._as_module(model, str(error))
+                trace = None
+            say(STEPS, STEPS, "ready")
         self.trace, self._signature, self._hooks, self._rows = trace, signature, hooks, rows
         self._watch, self._run = watch, run
 
@@ -139,12 +148,15 @@ class OptimizedModule(nn.Module):
         return torch.empty(self._example.shape, dtype=dtype, device=self.device)
 
     def _compile(
-        self, trace: Trace, model: nn.Module
+        self, trace: Trace, model: nn.Module, say: Tell
     ) -> tuple[Callable[..., Any], list[Row | Callable[[], Row]]]:
+        convs = sum(node.target is fused_conv for node in trace.graph.nodes)
         values = evaluate_constants(trace.graph, trace.known, state_of(trace, model))
         rows: list[Row | Callable[[], Row]] = []
 
         def make_conv(spec: Any, constants: Any) -> Callable[..., Tensor]:
+            done = TRACING + (STEPS - TRACING) * len(rows) // convs
+            say(done, STEPS, f"folding and packing {spec.name}")
             function, describe = self._kernels.make_conv(spec, constants, self.compute)
             rows.append(lambda: Row(spec.name, spec.label(), *describe()))
             return function
@@ -157,7 +169,10 @@ class OptimizedModule(nn.Module):
             if any(user.target is not fused_conv for user in n.users)
         }
         calls, guard = self._hook_calls(trace, model)
-        run = compile_graph(trace.graph, trace.inputs, values | rest, make_conv, calls)
+        in_pieces = self._kernels.in_pieces and samplewise(trace)
+        segments, known = cut(trace) if in_pieces else [whole(trace)], values | rest
+        functions = [compile_segment(segment, known, make_conv, calls) for segment in segments]
+        program = Program(functions, segments if in_pieces else None)
         rows += [_hook_row(point) for point in trace.points]
         rows += [
             Row(module_name(n), str(n.target), "PyTorch", "")
@@ -166,7 +181,7 @@ class OptimizedModule(nn.Module):
             and n not in trace.known
             and n.target not in (fused_conv, hook_call, operator.getitem)
         ]
-        call = Call(run, trace, self._kernels, (self.dtype, self.compute), guard)
+        call = Call(program, trace, self._kernels, (self.dtype, self.compute), guard)
         if self._cuda_graph:
             # One for these weights: graphs of the old ones, in other threads, have another pool.
             call.record(_recorder(self.device))

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A fused graph as one straight-line Python function, every value released after its last use."""
+"""A fused graph as straight-line Python functions, every value released after its last use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
+from resnet_fast.inference.batches import Level, Segment, levels, split
 from resnet_fast.inference.fold import ConvSpec
 from resnet_fast.inference.fuse import fused_conv
 from resnet_fast.inference.hooks import Caller, hook_call
 
 # From (spec, its folded weight and bias in float64) to the function of (x) or (x, residual).
 ConvMaker = Callable[[ConvSpec, Mapping[fx.Node, Any]], Callable[..., Tensor]]
+Ready = Callable[[Tensor], Tensor]
 
 
 class Writer:
@@ -51,41 +53,106 @@ class Writer:
         self.lines.append(f"{self.names[node]} = {self.bind(function)}({', '.join(texts)})")
 
 
-def compile_graph(
-    graph: fx.Graph,
-    inputs: list[str],
+# From the values that a segment takes, in a list that it empties (so that each is released after
+# its last use), to those that it gives.
+Function = Callable[[list[Any]], list[Any]]
+
+
+def compile_segment(
+    segment: Segment,
     constants: Mapping[fx.Node, Any],
     make_conv: ConvMaker,
     hook_calls: Sequence[Caller] = (),
-) -> Callable[..., Any]:
-    """The graph as a function of its inputs, returning the list of its outputs.
+) -> Function:
+    """A segment as a function; what the last one gives are the graph's outputs.
 
     hook_calls: what each hook_call calls, by its number.
     """
     writer = Writer(constants)
-    places = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    for number, name in enumerate(inputs):
-        writer.names[places[name]] = f"x{number}"
-    for node in graph.nodes:
+    for number, node in enumerate(segment.takes):
+        writer.names[node] = f"x{number}"
+    taken = "".join(f"{writer.names[node]}, " for node in segment.takes)
+    writer.lines += [f"{taken}= values" if taken else "", "values.clear()"]
+    for node in segment.nodes:
         if node.op == "output":
             writer.lines.append(f"return {_outputs(writer, node)}")
-        elif node.op == "call_function" and node not in constants:
-            if node.target is fused_conv:
-                x, residual, spec = node.args[:3]
-                args = [x] if residual is None else [x, residual]
-                writer.call(node, make_conv(spec, constants), args, {})
-            elif node.target is hook_call:
-                tensors, results, point, sources = node.args
-                args = [tensors, results, *sources]
-                writer.call(node, hook_calls[point], args, {})
-            else:
-                writer.call(node, node.target, node.args, node.kwargs)
-            _release(writer, node)
-    source = f"def run({', '.join(f'x{n}' for n in range(len(inputs)))}):\n    "
-    source += "\n    ".join(writer.lines)
+            break
+        if node.target is fused_conv:
+            x, residual, spec = cast(Any, node.args[:3])
+            args = [x] if residual is None else [x, residual]
+            writer.call(node, make_conv(spec, constants), args, {})
+        elif node.target is hook_call:
+            tensors, results, point, sources = cast(Any, node.args)
+            args = [tensors, results, *sources]
+            writer.call(node, hook_calls[point], args, {})
+        else:
+            writer.call(node, node.target, node.args, node.kwargs)
+        _release(writer, node)
+    else:
+        writer.lines.append(f"return [{writer.names[segment.nodes[-1]]}]")
+    source = "def run(values):\n    " + "\n    ".join(writer.lines)
     exec(compile(source, "<resnet_fast.inference>", "exec"), writer.scope)
-    run: Callable[..., Any] = writer.scope["run"]
+    run: Function = writer.scope["run"]
     return run
+
+
+class Program:
+    """The functions of all segments, one after the other.
+
+    segments: what the functions were made of; None where no batch may run in pieces.
+    """
+
+    def __init__(
+        self, functions: Sequence[Function], segments: Sequence[Segment] | None = None
+    ) -> None:
+        self._functions, self._segments = functions, segments
+
+    def __call__(self, *inputs: Tensor) -> list[Any]:
+        """All at once."""
+        return self._through(list(inputs), 0, len(self._functions))
+
+    def plan(self, sizes: Mapping[Any, int], batch: int) -> list[Level]:
+        """In which pieces a batch runs. sizes: of the trace's symbols."""
+        if self._segments is None:
+            return [Level(batch, 0, len(self._functions))]
+        return levels(self._segments, sizes, batch)
+
+    def run(self, inputs: Sequence[Tensor], plan: Sequence[Level], ready: Ready) -> list[Any]:
+        """What the last level of a plan gives; the levels before it run on each piece.
+
+        inputs: each with the samples in front where there is more than one piece. ready: brings a
+        piece of an input to the dtype and layout that the graph takes.
+        """
+        level, before = plan[-1], plan[:-1]
+        batch = len(inputs[0]) if inputs and inputs[0].dim() else 1
+        start, gathered = 0, list[Any]()
+        for size in split(batch, level.piece):
+            part = inputs if size == batch else [x.narrow(0, start, size) for x in inputs]
+            values = self.run(part, before, ready) if before else list(map(ready, part))
+            values = self._through(values, level.first, level.last)
+            if size == batch:
+                return values
+            gathered = gathered or [_room(value, batch) for value in values]
+            for whole, value in zip(gathered, values, strict=True):
+                if isinstance(value, Tensor):
+                    whole.narrow(0, start, size).copy_(value)
+            start += size
+        return gathered
+
+    def _through(self, values: list[Any], first: int, last: int) -> list[Any]:
+        for function in self._functions[first:last]:
+            values = function(values)
+        return values
+
+
+def _room(part: Any, batch: int) -> Any:
+    """Memory for a value of the whole batch, in the layout of a part's."""
+    if not isinstance(part, Tensor):
+        return part
+    size = (batch, *part.shape[1:])
+    if part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty(size, dtype=part.dtype, memory_format=torch.channels_last)
+    return part.new_empty(size)
 
 
 def _outputs(writer: Writer, node: fx.Node) -> str:

@@ -186,8 +186,8 @@ def fresh(node: fx.Node) -> bool:
     return node.target in _FRESH or getattr(node.target, "fresh", False)
 
 
-def check_shape(trace: Trace, inputs: Sequence[Any]) -> None:
-    """ValueError unless the trace holds for inputs of these shapes."""
+def check_shape(trace: Trace, inputs: Sequence[Any]) -> dict[Any, int]:
+    """The sizes of the trace's symbols; ValueError unless it holds for inputs of these shapes."""
     bound: dict[Any, int] = {}
     for number, (value, shape) in enumerate(zip(inputs, trace.shapes, strict=True)):
         if shape is None:
@@ -218,3 +218,4 @@ def check_shape(trace: Trace, inputs: Sequence[Any]) -> None:
                 f"a size of {size} is outside what the model's graph holds for, "
                 f"{allowed.lower} to {allowed.upper}: give an example_input of that size"
             )
+    return bound

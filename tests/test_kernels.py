@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="needs g++ with libasan and libubsan"
+)
 HERE = Path(__file__).parent / "kernels"
 # Two processes of about equal length.
 SUITES = (("emulator", "add_relu", "batch_norm"), ("phases", "traffic"))
@@ -26,17 +29,21 @@ def build_program() -> Path:
     return path
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with libasan and libubsan")
+def run(program: Path, *suites: str) -> None:
+    """A process of the program; it prints one line per failed case."""
+    command = [str(program), *suites]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert result.stdout.rstrip().endswith(", 0 failed")
+
+
 def test_kernels_under_the_emulator() -> None:
-    """Numerics, masks, determinism, bounds, bytes moved: one line per failed case."""
+    """Numerics, masks, determinism, bounds, bytes moved."""
     program = build_program()
-
-    def run(suites: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-        command = [str(program), *suites]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-
     with ThreadPoolExecutor(len(SUITES)) as pool:
-        results = list(pool.map(run, SUITES))
-    for result in results:
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-        assert result.stdout.rstrip().endswith(", 0 failed")
+        list(pool.map(lambda suites: run(program, *suites), SUITES))
+
+
+@pytest.mark.slow
+def test_traffic_of_the_other_layers() -> None:
+    run(build_program(), "more_traffic")

@@ -14,6 +14,7 @@ import io
 import pickle
 from typing import Any
 
+import pytest
 import shims
 import torch
 from hypothesis import Phase, settings
@@ -215,9 +216,18 @@ class Mutations(RuleBasedStateMachine):
         self.both(lambda *_: None)
 
 
-# A step is at most one change; 40 runs of 25 are the thousand.
-# Shrinking runs models for minutes; a failure prints its whole sequence as it is.
-Mutations.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, phases=[Phase.explicit, Phase.generate]
-)
-TestMutations = Mutations.TestCase
+def runs(count: int) -> Any:
+    """A test case of so many runs of 25 steps; a step is at most one change."""
+
+    class Case(Mutations.TestCase):  # type: ignore[name-defined, misc]
+        # Shrinking runs models for minutes; a failure prints its whole sequence as it is.
+        settings = settings(
+            max_examples=count, stateful_step_count=25, phases=[Phase.explicit, Phase.generate]
+        )
+
+    return Case
+
+
+TestMutations = runs(10)
+# 40 runs are the thousand.
+TestAThousandMutations = pytest.mark.slow(runs(40))

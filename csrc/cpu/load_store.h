@@ -42,73 +42,72 @@ RF_INLINE Words narrow_bfloat16(const Pack<float>& a) {
 }
 
 #if !defined(__F16C__) && !defined(__AVX512F__)
-// Scalar half precision, by shifting the exponent and letting the processor round.
-RF_INLINE float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-  const uint32_t rest = uint32_t(h & 0x7fffu) << 13;
-  float magnitude;
-  std::memcpy(&magnitude, &rest, 4);
-  magnitude *= 0x1p112f;  // exact: moves the bias from 15 to 127, subnormals too
-  uint32_t bits;
-  std::memcpy(&bits, &magnitude, 4);
-  if ((h & 0x7c00u) == 0x7c00u) bits = rest | 0x7f800000u;
-  bits |= sign;
-  float r;
-  std::memcpy(&r, &bits, 4);
+// Half precision by shifting the exponent and letting the processor round. What is compared is
+// below 2^31 and taken as signed, which SSE2 has instructions for. Called, not inlined: long beside
+// a call's cost, and the compiler spent half its time on the copies.
+typedef int32_t Signed __attribute__((vector_size(64)));
+
+RF_INLINE Signed as_signed(const Pack<float>& a) {
+  Signed r;
+  std::memcpy(&r, &a, sizeof r);
   return r;
 }
 
-RF_INLINE uint16_t float_to_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-  if (bits >= 0x47800000u) return uint16_t(sign | 0x7c00u);
-  if (bits < 0x38800000u) {  // subnormal in half: adding 0.5 aligns and rounds the fraction
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, 4);
-    return uint16_t(sign | (bits - 0x3f000000u));
-  }
-  bits += 0xc8000fffu + ((bits >> 13) & 1u);
-  return uint16_t(sign | (bits >> 13));
+inline __attribute__((noinline)) Pack<float> half_to_float(const Bits& h) {
+  const Bits rest = (h & 0x7fffu) << 13;
+  // Exact: moves the bias from 15 to 127, subnormals too.
+  const Signed finite = as_signed(as_floats(rest) * broadcast(0x1p112f));
+  const Signed special = (Signed)(rest | 0x7f800000u);
+  const Signed magnitude = (Signed)rest >= 0x7c00 << 13 ? special : finite;
+  return as_floats((Bits)magnitude | (h & 0x8000u) << 16);
+}
+
+inline __attribute__((noinline)) Bits float_to_half(const Pack<float>& a) {
+  const Bits bits = (Bits)as_signed(a);
+  const Signed magnitude = (Signed)(bits & 0x7fffffffu);
+  // Subnormal in half: adding 0.5 aligns and rounds the fraction.
+  const Signed small = as_signed(as_floats((Bits)magnitude) + broadcast(0.5f)) - 0x3f000000;
+  const Bits odd = ((Bits)magnitude >> 13) & 1u;
+  const Signed normal = (Signed)(((Bits)magnitude + 0xc8000fffu + odd) >> 13);
+  Signed r = magnitude < 0x38800000 ? small : normal;
+  r = magnitude >= 0x47800000 ? Signed{} + 0x7c00 : r;
+  r = magnitude > 0x7f800000 ? Signed{} + 0x7e00 : r;
+  return (Bits)r | (bits >> 16 & 0x8000u);
 }
 #endif
 
 RF_INLINE Pack<float> load(const Half* p) {
-  Pack<float> r;
 #if defined(__AVX512F__)
+  Pack<float> r;
   r.v[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return r;
 #elif defined(__F16C__)
+  Pack<float> r;
   for (int i = 0; i < 2; ++i) {
     r.v[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
   }
-#else
-  for (int l = 0; l < kLanes; ++l) {
-    r.v[l / Pack<float>::kWidth][l % Pack<float>::kWidth] = half_to_float(p[l].bits);
-  }
-#endif
   return r;
+#else
+  return half_to_float(widen(reinterpret_cast<const uint16_t*>(p)));
+#endif
 }
 
 RF_INLINE Words narrow_half(const Pack<float>& a) {
-  Words w;
 #if defined(__AVX512F__)
+  Words w;
   const __m256i r = _mm512_cvtps_ph(a.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(&w, &r, sizeof w);
+  return w;
 #elif defined(__F16C__)
+  Words w;
   for (int i = 0; i < 2; ++i) {
     const __m128i r = _mm256_cvtps_ph(a.v[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     std::memcpy(reinterpret_cast<char*>(&w) + 16 * i, &r, sizeof r);
   }
-#else
-  for (int l = 0; l < kLanes; ++l) {
-    w[l] = float_to_half(a.v[l / Pack<float>::kWidth][l % Pack<float>::kWidth]);
-  }
-#endif
   return w;
+#else
+  return __builtin_convertvector(float_to_half(a), Words);
+#endif
 }
 
 // ---- whole packs

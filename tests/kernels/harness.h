@@ -27,6 +27,7 @@ void test_add_relu();
 void test_batch_norm();
 void test_phases();
 void test_traffic();
+void test_more_traffic();
 
 inline const char* name_of(DType dtype) {
   static const char* const names[] = {"float64", "float32", "float16", "bfloat16"};

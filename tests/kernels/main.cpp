@@ -30,11 +30,10 @@ void Tensor::fill_normal(uint64_t seed, double mean, double deviation) {
 // Arguments: the suites to run; none: all.
 int main(int count, char** names) {
   using namespace resnet_fast::test;
-  const std::pair<const char*, void (*)()> suites[] = {{"emulator", test_emulator},
-                                                       {"add_relu", test_add_relu},
-                                                       {"batch_norm", test_batch_norm},
-                                                       {"phases", test_phases},
-                                                       {"traffic", test_traffic}};
+  const std::pair<const char*, void (*)()> suites[] = {
+      {"emulator", test_emulator},     {"add_relu", test_add_relu},
+      {"batch_norm", test_batch_norm}, {"phases", test_phases},
+      {"traffic", test_traffic},       {"more_traffic", test_more_traffic}};
   for (const auto& [name, suite] : suites) {
     bool wanted = count == 1;
     for (int i = 1; i < count; ++i) wanted |= std::strcmp(names[i], name) == 0;
@@ -43,7 +42,7 @@ int main(int count, char** names) {
     const int before = cases(), failed_before = failures();
     suite();
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    std::printf("%-10s %d cases, %d failed, %.1f s\n", name, cases() - before,
+    std::printf("%-12s %d cases, %d failed, %.1f s\n", name, cases() - before,
                 failures() - failed_before, seconds.count());
     std::fflush(stdout);
   }

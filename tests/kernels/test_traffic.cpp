@@ -119,14 +119,12 @@ void test_add_relu_layer(DType dtype, int64_t elements) {
   check_traffic("add_relu_backward " + name, 2 * b * e + e / 8);
 }
 
-}  // namespace
+// layers: their channels and the size of their planes.
+using Layers = std::vector<std::pair<int64_t, int64_t>>;
 
-void test_traffic() {
+void test_layers(const Layers& layers, const std::vector<Shape>& fused) {
   // A quarter of an H200, and images so few that a layer is one to a few megabytes.
   emu::set_options({1, true, 33});
-  const std::pair<int64_t, int64_t> layers[] = {{64, 12544}, {64, 3136}, {256, 3136},
-                                                {128, 784},  {512, 784}, {256, 196},
-                                                {1024, 196}, {512, 49},  {2048, 49}};
   for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     for (auto [channels, inner] : layers)
       for (Layout layout : {Layout::kChannelsLast, Layout::kContiguous}) {
@@ -137,14 +135,27 @@ void test_traffic() {
         if (dtype == DType::kBFloat16)
           test_layer(dtype, {images, channels, inner, layout}, residual, false);
       }
-    for (bool residual : {false, true}) {
-      test_fused_layer(dtype, {32, 512, 49, Layout::kChannelsLast}, residual);
-      test_fused_layer(dtype, {32, 2048, 49, Layout::kChannelsLast}, residual);
-      test_fused_layer(dtype, {8, 256, 196, Layout::kChannelsLast}, residual);
-    }
+    for (const Shape& shape : fused)
+      for (bool residual : {false, true}) test_fused_layer(dtype, shape, residual);
+  }
+}
+
+}  // namespace
+
+// Planes and columns, planes that end between two vectors, with and without a residual.
+void test_traffic() {
+  test_layers({{64, 3136}, {256, 3136}, {128, 784}, {256, 196}, {2048, 49}},
+              {{32, 512, 49, Layout::kChannelsLast}, {8, 256, 196, Layout::kChannelsLast}});
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     test_add_relu_layer(dtype, 256 * 56 * 56);
     test_add_relu_layer(dtype, 2048 * 49);
   }
+}
+
+// The other layers of ResNet-50.
+void test_more_traffic() {
+  test_layers({{64, 12544}, {512, 784}, {1024, 196}, {512, 49}},
+              {{32, 2048, 49, Layout::kChannelsLast}});
 }
 
 }  // namespace resnet_fast::test

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast import convolution, dispatch, functional
+from resnet_fast import _checks, convolution, dispatch, functional
 from resnet_fast._ready import (
     State,
     convolutions_untouched,
@@ -34,6 +34,10 @@ _CHECK = nn.BatchNorm2d._check_input_dim  # PyTorch's own
 Names = tuple[tuple[str, str], ...]
 BASIC: Names = (("conv1", "bn1"), ("conv2", "bn2"))
 BOTTLENECK: Names = (*BASIC, ("conv3", "bn3"))
+# Values of x below which PyTorch's own operators, called without their modules, train sooner than
+# the fused one: they pass over more memory, but their autograd is in C++.
+SMALL = 1 << 17
+_SMALL = f"fewer than {SMALL:,} values: in training PyTorch's operators cost less"
 # A convolution and the norm behind it, as they are called: the dictionary of the first, its weight,
 # and of the second the dictionary and the tensors. (A tuple of a class takes longer to make.)
 _Step = tuple[dict[str, Any], Tensor, dict[str, Any], State]
@@ -99,12 +103,11 @@ def _steps(block: Any, names: Names, x: Tensor) -> list[Any] | None:
         if type(down) is not _Sequential or len(parts) != 2 or not _plain(down.__dict__):
             return None
         pairs.append(tuple(parts.values()))
-    several = x.size(0) > 1
     steps: list[Any] = []
     weights: list[Tensor] = []
     channels: list[Tensor | None] = []
     for conv, norm in pairs:
-        step = _step(conv, norm, several)
+        step = _step(conv, norm)
         if step is None:
             return None
         steps.append(step)
@@ -119,8 +122,8 @@ def _steps(block: Any, names: Names, x: Tensor) -> list[Any] | None:
     return steps
 
 
-def _step(conv: Any, bn: Any, several: bool) -> _Step | None:
-    """A convolution and the norm behind it, if both are plain; several: there is no one value."""
+def _step(conv: Any, bn: Any) -> _Step | None:
+    """A convolution and the norm behind it, if both are plain."""
     if type(conv) is not _Conv2d or type(bn) is not _BatchNorm2d:
         return None
     c, b = conv.__dict__, bn.__dict__
@@ -148,8 +151,7 @@ def _step(conv: Any, bn: Any, several: bool) -> _Step | None:
     ):
         return None
     if b["training"] and not (
-        several
-        and b["track_running_stats"]
+        b["track_running_stats"]
         and statistics["num_batches_tracked"] is not None
         and "num_batches_tracked" not in b
     ):
@@ -191,10 +193,25 @@ def _norm(step: _Step, x: Tensor, residual: Tensor | None, activation: str | Non
     """norms.batch_norm for what _step() lets through."""
     _, _, b, state = step
     training = b["training"]
+    weight, bias, *_ = state
+    separate = (
+        x.numel() < SMALL
+        and x.dtype is torch.float32
+        and torch.is_grad_enabled()
+        and functional.needs_gradient(x, weight, bias, residual)
+    )
     if training:
         counter = b["_buffers"]["num_batches_tracked"]
         counter.add_(1)
     try:
+        if training and x.size(0) == 1:
+            _checks.more_than_one_value(x.shape)
+        if separate:
+            dispatch.took("batch_norm_act", "torch", _SMALL)
+            y = torch.batch_norm(x, *state, training, b["momentum"], b["eps"], False)
+            if residual is not None:
+                y += residual
+            return y if activation is None else torch.relu_(y)
         return functional.batch_norm_act_at_once(
             x, state, residual, training, b["momentum"], b["eps"], activation
         )

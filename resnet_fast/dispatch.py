@@ -45,8 +45,9 @@ class _Recorder(threading.local):
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 _counts: dict[Event, int] = {}
-# How often the CPU kernels ran each op since note() said so, in a list of one; not in _counts.
-_taken: dict[str, list[int]] = {}
+# How often each decision of took() was taken since note() said so, in a list of one; not in
+# _counts.
+_taken: dict[Event, list[int]] = {}
 _recorder = _Recorder()
 _open: list[int] = []  # one entry for each recording that is open, in any thread
 
@@ -77,12 +78,12 @@ def _log(event: Event) -> None:
         logger.warning("%s runs %s", event.op, event.impl)
 
 
-def took(op: str) -> None:
-    """note() that the CPU kernels run `op`, for calls that at_once() has let through."""
-    count = _taken.get(op)
+def took(op: str, impl: str = "cpu", reason: str = "") -> None:
+    """note(), and sooner, for calls that at_once() has let through."""
+    count = _taken.get((op, impl, reason))  # type: ignore[call-overload]
     if count is None or _open:
-        note(op, "cpu")
-        _taken.setdefault(op, [0])
+        note(op, impl, reason)
+        _taken.setdefault(Event(op, impl, reason), [0])
     else:
         count[0] += 1
 
@@ -90,8 +91,7 @@ def took(op: str) -> None:
 def counters() -> dict[Event, int]:
     """How often each decision was taken since the start or the last reset_counters()."""
     counts = dict(_counts)
-    for op, (count,) in _taken.items():
-        event = Event(op, "cpu", "")
+    for event, (count,) in _taken.items():
         counts[event] = counts.get(event, 0) + count
     return counts
 

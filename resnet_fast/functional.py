@@ -155,7 +155,7 @@ def batch_norm_act(
         )
     relu = activation == "relu"
     rest = running_mean, running_var, training, momentum, eps, relu, False
-    if torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual):
+    if torch.is_grad_enabled() and needs_gradient(x, weight, bias, residual):
         return cast(Tensor, _BatchNormAct.apply(x, weight, bias, residual, rest))  # type: ignore[no-untyped-call]
     return cast(Tensor, _traced_forward(x, weight, bias, residual, *rest[:-1], False)[0])
 
@@ -174,7 +174,7 @@ def batch_norm_act_at_once(
     relu = activation == "relu"
     dispatch.took("batch_norm_act")
     try:
-        if torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual):
+        if torch.is_grad_enabled() and needs_gradient(x, weight, bias, residual):
             rest = mean, var, training, momentum, eps, relu, True
             y = _batch_norm_act_straight(x, weight, bias, residual, rest)
         elif training:
@@ -190,9 +190,10 @@ def batch_norm_act_at_once(
     return cast(Tensor, y)
 
 
-def _needs_gradient(
+def needs_gradient(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> bool:
+    """True if any of them does, for calls where gradients are enabled."""
     return (
         x.requires_grad
         or (weight is not None and weight.requires_grad)

@@ -27,7 +27,10 @@ from devices import on_device  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import resnet_fast as rf  # noqa: E402
-from resnet_fast import _conv_ways, _plain, config, convolution, dispatch, env, functional  # noqa: E402
+from resnet_fast import _at_once, _conv_ways, _plain, config, convolution, dispatch, env, functional  # noqa: E402
+
+# Blocks fuse at any size in the tests, whose tensors are small; but in test_blocks_small.py.
+BLOCKS_FUSE_FROM, _at_once.SMALL = _at_once.SMALL, 0
 
 try:
     import hypothesis

@@ -237,9 +237,9 @@ def test_patched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_inputs() -> None:
     block = make()
-    for x in (X[:1], X[0], X.as_subclass(Logged), X[:0]):
+    for x in (X[0], X.as_subclass(Logged), X[:0]):
         assert at_once(block, x) is None
-    assert at_once(block.eval(), X[:1]) is not None
+    assert at_once(block, X[:1]) is not None
     seen: list[Any] = []
     torch.func.vmap(lambda x: seen.append(at_once(block, x[None])) or x)(X)
     assert seen == [None]

@@ -218,7 +218,8 @@ class NinjaFile:
         torch = f"{self.common} -fno-math-errno -DTORCH_TARGET_VERSION={TARGET_TORCH}"
         self.torch = f"{torch} -isystem {include}"
         python = f"-isystem {plan.pybind_include} -isystem {sysconfig.get_path('include')}"
-        self.pybind = f"{self.common} {python}"
+        # What it binds is called now and then: pybind11's templates are most of the compilation.
+        self.pybind = f"{self.common} -O1 {python}"
         # libtorch.so is what brings in the CUDA half of PyTorch, where there is one: kept though
         # nothing is taken from it by name.
         self.torch_libraries = (

@@ -12,9 +12,9 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,52 +35,45 @@ RIVALS = {
 OURS = "ours channels_last"
 
 
-class Rival:
-    """A rival's process; a context that ends it."""
+@contextmanager
+def rival(job: Job, dtype: str, name: str) -> Generator[Callable[[], float], None, None]:
+    """A rival's process, as a function that takes one training step there and returns its loss.
 
-    def __init__(self, job: Job, dtype: str, name: str) -> None:
-        self.name = name
-        command = [sys.executable, "-m", "bench.apart", json.dumps(asdict(job)), dtype, name]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    The function raises RuntimeError where the process has stopped.
+    """
+    command = [sys.executable, "-m", "bench.apart", json.dumps(asdict(job)), dtype, name]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    to, answers = process.stdin, process.stdout
 
-    def step(self) -> float:
-        """One training step; returns its loss. RuntimeError where the process has stopped."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+    def step() -> float:
         try:
-            print(file=self._process.stdin, flush=True)
-            return float(self._process.stdout.readline())
+            print(file=to, flush=True)
+            return float(answers.readline())
         except (OSError, ValueError):
-            code = self._process.wait()
-            raise RuntimeError(f"the process of {self.name} stopped with code {code}") from None
+            code = process.wait()
+            raise RuntimeError(f"the process of {name} stopped with code {code}") from None
 
-    def __enter__(self) -> Rival:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
+    try:
+        yield step
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def run_apart(job: Job, emit: Emit, progress: Progress) -> None:
     """Time a training step of every rival, in turn, and emit a row each."""
     for index, dtype in enumerate(job.dtypes):
         with ExitStack() as stack:
-            rivals = [stack.enter_context(Rival(job, dtype, name)) for name in RIVALS]
+            steps = {name: stack.enter_context(rival(job, dtype, name)) for name in RIVALS}
             progress(2 * index, 2 * len(job.dtypes), f"first steps {dtype}")
-            losses = {rival.name: rival.step() for rival in rivals}
+            losses = {name: step() for name, step in steps.items()}
             for name, loss in losses.items():
                 check_loss(f"{name} {dtype}", loss, losses["eager nchw"], dtype)
             progress(2 * index + 1, 2 * len(job.dtypes), f"training step {dtype}: in turn")
             limits = {"budget": 1.0, "min_rounds": 2} if job.quick else {"budget": 120.0}
-            steps = {rival.name: rival.step for rival in rivals}
             timings = measure(steps, warmup=0, settle=1, max_rounds=25, **limits)  # type: ignore[arg-type]
         for row in _rows(job, dtype, timings):
             emit(row)

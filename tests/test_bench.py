@@ -384,6 +384,7 @@ def test_quick_run_of_the_overhead(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [(row["mode"], row["provider"], row["shape"]) for row in found] == [
         ("eval", "eager", [1, 3, 32, 32]), ("eval", "ours", [1, 3, 32, 32]),
         ("train", "eager", [2, 3, 32, 32]), ("train", "ours", [2, 3, 32, 32]),
+        ("train", "eager", [1, 3, 32, 32]), ("train", "ours", [1, 3, 32, 32]),
         ("accelerate", "ours", []), ("load", "ours", [1, 3, 64, 64]),
         ("trace", "ours", [1, 3, 64, 64]),
     ]  # fmt: skip

@@ -36,7 +36,8 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_rival_whose_process_stops_is_named() -> None:
     options = job.Job(("apart",), ("float32",), "default", quick=True)
-    with apart.Rival(options, "float32", "nobody nchw") as rival:
-        with pytest.raises(RuntimeError, match="the process of nobody nchw stopped with code 1"):
-            rival.step()
-        assert rival._process.poll() is not None
+    with (
+        apart.rival(options, "float32", "nobody nchw") as step,
+        pytest.raises(RuntimeError, match="the process of nobody nchw stopped with code 1"),
+    ):
+        step()

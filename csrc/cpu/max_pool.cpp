@@ -63,7 +63,7 @@ struct Forward {
 
   // Channels [c, c + count) of one output, count at most sixteen.
   template <bool kWhole>
-  RF_INLINE void output(int64_t n, int64_t i, int64_t j, int64_t c, int count) const {
+  RF_INLINE void pixel(int64_t n, int64_t i, int64_t j, int64_t c, int count) const {
     const int64_t top = i * kStride - kPadding, left = j * kStride - kPadding;
     Pack<A> most = broadcast(A(-__builtin_inff())), place = broadcast(A(0));
     bool none = true;
@@ -88,14 +88,6 @@ struct Forward {
     }
     if (p.place) std::memcpy(p.place + at, &bytes, kWhole ? kLanes : count);
   }
-
-  void line(int64_t n, int64_t i) const {
-    const int64_t whole = p.channels / kLanes * kLanes;
-    for (int64_t j = 0; j < p.out_width; ++j) {
-      for (int64_t c = 0; c < whole; c += kLanes) output<true>(n, i, j, c, kLanes);
-      if (whole < p.channels) output<false>(n, i, j, whole, int(p.channels - whole));
-    }
-  }
 };
 
 template <class T>
@@ -105,7 +97,7 @@ struct Backward {
   bool streamed;
 
   template <bool kWhole>
-  RF_INLINE void input(int64_t n, int64_t h, int64_t w, int64_t c, int count) const {
+  RF_INLINE void pixel(int64_t n, int64_t h, int64_t w, int64_t c, int count) const {
     Pack<A> sum = broadcast(A(0));
     const Windows lines(h, p.out_height), columns(w, p.out_width);
     for (int64_t i = lines.first; i < lines.last; ++i) {
@@ -130,22 +122,22 @@ struct Backward {
       store_part(dx, sum, 0, count);
     }
   }
-
-  void line(int64_t n, int64_t h) const {
-    const int64_t whole = p.channels / kLanes * kLanes;
-    for (int64_t w = 0; w < p.width; ++w) {
-      for (int64_t c = 0; c < whole; c += kLanes) input<true>(n, h, w, c, kLanes);
-      if (whole < p.channels) input<false>(n, h, w, whole, int(p.channels - whole));
-    }
-  }
 };
 
+// body.pixel<whole>(image, line, column, channel, channels) for all of the pictures that it writes.
 template <class Body>
-void for_lines(int64_t images, int64_t lines, int64_t line_size, const Parallel& parallel,
-               const Body& body) {
-  parallel_for(parallel, images * lines, ceil_div(kGrain, maximum(line_size, 1)),
+void for_pixels(int64_t images, int64_t height, int64_t width, int64_t channels,
+                const Parallel& parallel, const Body& body) {
+  const int64_t whole = channels / kLanes * kLanes;
+  const auto line = [&](int64_t n, int64_t i) {
+    for (int64_t j = 0; j < width; ++j) {
+      for (int64_t c = 0; c < whole; c += kLanes) body.template pixel<true>(n, i, j, c, kLanes);
+      if (whole < channels) body.template pixel<false>(n, i, j, whole, int(channels - whole));
+    }
+  };
+  parallel_for(parallel, images * height, ceil_div(kGrain, maximum(width * channels, 1)),
                [&](int64_t begin, int64_t end) {
-                 for (int64_t l = begin; l < end; ++l) body.line(l / lines, l % lines);
+                 for (int64_t l = begin; l < end; ++l) line(l / height, l % height);
                  finish_streaming();
                });
 }
@@ -154,8 +146,8 @@ void for_lines(int64_t images, int64_t lines, int64_t line_size, const Parallel&
 
 void max_pool(const MaxPoolParams& p, const Parallel& parallel) {
   for_dtype(p.dtype, [&](auto zero) {
-    for_lines(p.images, p.out_height, p.out_width * p.channels, parallel,
-              Forward<decltype(zero)>{p});
+    for_pixels(p.images, p.out_height, p.out_width, p.channels, parallel,
+               Forward<decltype(zero)>{p});
   });
 }
 
@@ -163,8 +155,8 @@ void max_pool_grad(const MaxPoolGradParams& p, const Parallel& parallel) {
   // Only whole packs of a tensor without odd ones lie on a multiple of the vector's size.
   const bool streamed = p.stream && p.channels % kLanes == 0;
   for_dtype(p.dtype, [&](auto zero) {
-    for_lines(p.images, p.height, p.width * p.channels, parallel,
-              Backward<decltype(zero)>{p, streamed});
+    for_pixels(p.images, p.height, p.width, p.channels, parallel,
+               Backward<decltype(zero)>{p, streamed});
   });
 }
 

@@ -173,17 +173,24 @@ def _plain(own: dict[str, Any]) -> bool:
 
 
 # ---- the calls -----------------------------------------------------------------------------------
+def _asks(x: Tensor) -> bool:
+    """Whether convolution.py may have a kernel: it has none for float32 in NCHW."""
+    return x.numel() >= convolution.FROM_NUMEL and not (
+        x.dtype is torch.float32 and x.is_contiguous()
+    )
+
+
 def _convolve(step: _Step, x: Tensor) -> Tensor:
     c, weight, _, _ = step
     arguments = c["stride"], c["padding"], c["dilation"], c["groups"]
-    if x.numel() >= convolution.FROM_NUMEL:
+    if _asks(x):
         return convolution.conv2d(x, weight, *arguments)
     return F.conv2d(x, weight, None, *arguments)
 
 
 def _convolve_and_input(step: _Step, x: Tensor) -> tuple[Tensor, Tensor]:
     c, weight, _, _ = step
-    if x.numel() >= convolution.FROM_NUMEL:
+    if _asks(x):
         arguments = c["stride"], c["padding"], c["dilation"], c["groups"]
         return convolution.conv2d_and_input(x, weight, *arguments)
     return _convolve(step, x), x

@@ -41,18 +41,8 @@ def conv2d(
     the layout that F.conv2d gives, 16 bits calculated in float32 in that of float32. Under autocast
     in its dtype. Raises what F.conv2d does.
     """
-    way, autocast = _way(x, weight, stride, padding, dilation, groups)
-    if way is None:
-        return F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    dtype = autocast or x.dtype
-    if x.dtype is not dtype:
-        x = x.to(dtype)
-    if weight.dtype is not dtype:
-        weight = weight.to(dtype)
-    dispatch.took("conv2d")
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return cast(Tensor, _conv2d_straight(x, weight, way))
-    return kernels.forward(x, weight, way)
+    arguments = stride, padding, dilation, groups
+    return _run(x, weight, arguments, *_way(x, weight, *arguments))
 
 
 def conv2d_and_input(
@@ -64,12 +54,33 @@ def conv2d_and_input(
     convolution adds its own into that, where autograd would keep both and add them in a pass more.
     Arguments and errors as conv2d.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
-        way, autocast = _way(x, weight, stride, padding, dilation, groups)
-        if way is not None and autocast is None:
-            dispatch.took("conv2d")
-            return cast("tuple[Tensor, Tensor]", _conv2d_and_input_straight(x, weight, way))
-    return conv2d(x, weight, stride, padding, dilation, groups), x
+    arguments = stride, padding, dilation, groups
+    way, autocast = _way(x, weight, *arguments)
+    if way is None or autocast or not (torch.is_grad_enabled() and x.requires_grad):
+        return _run(x, weight, arguments, way, autocast), x
+    dispatch.took("conv2d")
+    return cast("tuple[Tensor, Tensor]", _conv2d_and_input_straight(x, weight, way))
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    arguments: tuple[Any, ...],
+    way: Way | None,
+    autocast: torch.dtype | None,
+) -> Tensor:
+    """conv2d by its way, and the dtype of autocast, as _way() gives them."""
+    if way is None:
+        return F.conv2d(x, weight, None, *arguments)
+    dtype = autocast or x.dtype
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    if weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    dispatch.took("conv2d")
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return cast(Tensor, _conv2d_straight(x, weight, way))
+    return kernels.forward(x, weight, way)
 
 
 def _way(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Way | None, torch.dtype | None]:

@@ -280,8 +280,14 @@ def test_own_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(convolution, "FROM_NUMEL", X.numel())
     monkeypatch.setattr(convolution, "conv2d", conv2d)
+    monkeypatch.setattr(convolution, "conv2d_and_input", lambda x, *rest: (conv2d(x, *rest), x))
     block = make().eval()
     block(X)
     assert len(asked) == 2
     assert asked[0] is block.conv1.weight
     assert asked[1] is block.downsample[0].weight
+    # Float32 in NCHW, for which there is no kernel, does not ask.
+    block.float()(X.float())
+    assert len(asked) == 2
+    block(X.float().contiguous(memory_format=torch.channels_last))
+    assert len(asked) == 4

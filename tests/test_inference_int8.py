@@ -32,7 +32,6 @@ def test_every_conv_is_quantised_and_the_drop_is_said(pair: tuple[Any, Any]) -> 
     assert 0 <= fast.agreement.top1 <= 1
 
 
-@pytest.mark.slow
 def test_int8_answers(pair: tuple[Any, Any]) -> None:
     """The compiled graph gives what the quantised graph was judged by."""
     model, fast = pair

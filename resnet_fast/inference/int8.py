@@ -126,13 +126,19 @@ def _steps(converted: Any) -> list[Row]:
 
 
 class _Compiled:
-    """The quantised graph through torch.compile with freezing; one call at a time."""
+    """The quantised graph through torch.compile with freezing; one call at a time.
+
+    NOTE: freezing must be set for Dynamo, too, which would make inputs of the weights; Inductor's
+    own option comes too late for that. And nothing is frozen while gradients are on. Unfrozen,
+    oneDNN's int8 convolutions do not compile.
+    """
 
     def __init__(self, converted: Any) -> None:
-        self._lock = threading.Lock()
-        options: dict[str, Any] = {"freezing": True}
-        self._call: Callable[[Tensor], Any] = torch.compile(converted, options=options)
+        from torch._inductor import config
+
+        self._lock, self._config = threading.Lock(), config
+        self._call: Callable[[Tensor], Any] = torch.compile(converted)
 
     def __call__(self, x: Tensor) -> Any:
-        with self._lock:
+        with self._lock, torch.no_grad(), self._config.patch(freezing=True):
             return self._call(x.to(torch.float32).contiguous(memory_format=torch.channels_last))

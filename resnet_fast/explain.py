@@ -77,7 +77,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation | Tabl
     inputs, kwargs: what the model is called with. It runs in its current mode without gradients;
     afterwards every buffer and random state is as it was, also if the model raises, so running
     statistics do not move. (Hooks of your own see the call.) Without inputs nothing runs, and the
-    rows say which blocks could be fused. Modules that are not accelerated are listed, with why.
+    rows say which blocks could be fused. (With gradients, blocks of plain parts on small tensors
+    run PyTorch's operators: dispatch.counters() has them under "torch".) Modules that are not
+    accelerated are listed, with why.
 
     Of an optimized module (optimize_for_inference) it is the table made when it was folded.
 

@@ -3,13 +3,15 @@
 
 Float32, channels-last, for inference: no gradients. conv_winograd: 3x3 with stride 1 by Winograd's
 minimal filtering (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", 2016).
-conv_stem: few input channels, with the max-pooling behind it.
+conv_direct: any kernel of one group, as a matrix product with gathered rows (Dukhan, "The Indirect
+Convolution Algorithm", 2019). conv_stem: few input channels, with the max-pooling behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +34,17 @@ SCHEMAS = (
     "conv_winograd_weight(Tensor grad, Tensor x, int[2] padding, int tile) -> Tensor",
     # Advises the system to back a dense tensor, which nobody has written to yet, by huge pages.
     "huge_pages(Tensor fresh) -> ()",
+    # weight: what pack makes. bias: (C_out,), C_out a multiple of 16.
+    "conv_direct(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[2] kernel,"
+    " int[2] stride, int[2] padding, int[2] dilation, bool relu) -> Tensor",
+    # The same, written over residual, which must not share memory with x.
+    "conv_direct_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor bias, int[2] kernel,"
+    " int[2] stride, int[2] padding, int[2] dilation, bool relu) -> ()",
     # weight: what pack makes. max_pool: of 3x3, stride 2, padding 1.
     "conv_stem(Tensor x, Tensor weight, Tensor bias, int[2] kernel, int[2] stride, int[2] padding,"
     " bool relu, bool max_pool) -> Tensor",
 )
-PANEL = 32  # output channels side by side in packed weights
+PANEL = 64  # output channels side by side in packed weights
 # Where the polynomials are evaluated; infinity is the last point. See csrc/cpu/conv_winograd.cpp.
 _POINTS = {2: (0, 1, -1), 4: (0, Fraction(3, 4), -Fraction(3, 4), Fraction(3, 2), -Fraction(3, 2))}
 
@@ -79,12 +87,12 @@ def filter_transform(tile: int) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """weight (C_out, C_in, kH, kW) as conv_stem wants it: (panels, kH kW C_in, 32), float32."""
+    """weight (C_out, C_in, kH, kW) as conv_direct and conv_stem want it: (panels, kH kW C_in, 64), float32."""
     return _panels(weight.permute(2, 3, 1, 0).reshape(1, -1, len(weight)))[0]
 
 
 def pack_winograd(weight: Tensor, tile: int) -> Tensor:
-    """weight (C_out, C_in, 3, 3) at the points: (points, panels, C_in, 32), float32.
+    """weight (C_out, C_in, 3, 3) at the points: (points, panels, C_in, 64), float32.
 
     Transformed in float64, rounded once.
     """
@@ -100,7 +108,7 @@ def conv_winograd_pack(weight: Tensor, tile: int, transposed: bool) -> Tensor:
 
 
 def _panels(matrices: Tensor) -> Tensor:
-    """(matrices, K, C_out) -> (matrices, panels, K, 32), zeros behind C_out."""
+    """(matrices, K, C_out) -> (matrices, panels, K, 64), zeros behind C_out."""
     padded = F.pad(matrices.float(), (0, -matrices.size(2) % PANEL))
     panels: Tensor = padded.unflatten(2, (-1, PANEL)).transpose(1, 2)
     return panels.contiguous()
@@ -109,6 +117,12 @@ def _panels(matrices: Tensor) -> Tensor:
 def _matrices(panels: Tensor, channels: int) -> Tensor:
     """What _panels made this of, in float64."""
     return panels.double().transpose(1, 2).flatten(2)[..., :channels]
+
+
+def _unpack(weight: Tensor, x: Tensor, bias: Tensor, kernel: Sequence[int]) -> Tensor:
+    """What pack made this of."""
+    taps = _matrices(weight[None], bias.numel()).reshape(*kernel, x.size(1), -1)
+    return taps.permute(3, 2, 0, 1).to(x.dtype)
 
 
 # ---- plain ---------------------------------------------------------------------------------------
@@ -157,6 +171,28 @@ def conv_winograd_weight(grad: Tensor, x: Tensor, padding: list[int], tile: int)
     return as_rows(dw)
 
 
+def conv_direct(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    relu: bool,
+) -> Tensor:
+    """act(conv(x) + bias [+ residual])."""
+    y = F.conv2d(x, _unpack(weight, x, bias, kernel), bias, stride, padding, dilation)
+    if residual is not None:
+        y = y + residual
+    return as_rows(y.relu() if relu else y)
+
+
+def conv_direct_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> None:
+    residual.copy_(conv_direct(x, weight, bias, residual, *rest))
+
+
 def conv_stem(
     x: Tensor,
     weight: Tensor,
@@ -168,8 +204,7 @@ def conv_stem(
     max_pool: bool,
 ) -> Tensor:
     """act(conv(x) + bias), then pooled if wanted."""
-    taps = _matrices(weight[None], bias.numel()).reshape(*kernel, x.size(1), -1)
-    y = F.conv2d(x, taps.permute(3, 2, 0, 1).to(x.dtype), bias, stride, padding)
+    y = F.conv2d(x, _unpack(weight, x, bias, kernel), bias, stride, padding)
     y = y.relu() if relu else y
     return as_rows(F.max_pool2d(y, 3, 2, 1) if max_pool else y)
 
@@ -215,6 +250,24 @@ def _check_tile(tile: int) -> None:
     torch._check(tile in (2, 4), lambda: f"tile must be 2 or 4; got {tile}")
 
 
+def fake_direct(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    relu: bool,
+) -> Tensor:
+    return _new(x, bias, _sizes(x, kernel, stride, padding, dilation))
+
+
+def fake_direct_(residual: Tensor, *args: object) -> None:
+    return None
+
+
 def fake_stem(
     x: Tensor,
     weight: Tensor,
@@ -225,8 +278,18 @@ def fake_stem(
     relu: bool,
     max_pool: bool,
 ) -> Tensor:
-    size = [(x.size(d + 2) + 2 * padding[d] - kernel[d]) // stride[d] + 1 for d in (0, 1)]
+    size = _sizes(x, kernel, stride, padding, [1, 1])
     return _new(x, bias, [(s - 1) // 2 + 1 for s in size] if max_pool else size)
+
+
+def _sizes(
+    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> list[int]:
+    torch._check(x.dim() == 4, lambda: f"x must have 4 dimensions; got {tuple(x.shape)}")
+    return [
+        (x.size(d + 2) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    ]
 
 
 def _new(x: Tensor, bias: Tensor, size: list[int]) -> Tensor:

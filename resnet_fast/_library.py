@@ -154,6 +154,8 @@ _PLAIN_AND_FAKE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "conv_winograd_pack": (_conv.conv_winograd_pack, _conv.fake_winograd_pack),
     "conv_winograd_weight": (_conv.conv_winograd_weight, _conv.fake_winograd_weight),
     "huge_pages": (_conv.huge_pages, _conv.huge_pages),
+    "conv_direct": (_conv.conv_direct, _conv.fake_direct),
+    "conv_direct_": (_conv.conv_direct_, _conv.fake_direct_),
     "conv_stem": (_conv.conv_stem, _conv.fake_stem),
     "batch_norm_act_backward_": (_plain.batch_norm_act_backward_, _fake_batch_norm_act_backward_),
 }

@@ -152,7 +152,7 @@ def check_pack(weight: Tensor, tile: int, transposed: bool) -> Tensor:
     points = torch.einsum("ai,krij,bj->abrk", g, filters, g).flatten(0, 1)
     terms = torch.einsum("ai,krij,bj->abrk", g.abs(), filters.abs(), g.abs()).flatten(0, 1)
     panels = packed.double().transpose(1, 2).flatten(2)
-    assert packed.shape == ((tile + 2) ** 2, -(-columns // 32), rows, 32)
+    assert packed.shape == ((tile + 2) ** 2, -(-columns // _conv.PANEL), rows, _conv.PANEL)
     assert packed.is_contiguous()
     assert not panels[..., columns:].any()
     allowed = torch.finfo(torch.float32).eps / 2 * points.abs() + 1e-15 * terms

@@ -32,6 +32,7 @@ CPU_KERNELS = (
     "bn_apply",
     "bn_backward",
     "bn_stats",
+    "conv_direct",
     "conv_stem",
     "conv_winograd",
     "conv_winograd_pack",

@@ -1,156 +1,241 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The matrix product inside the convolutions: rows of pixels times a panel of 32 output channels.
+// The matrix product inside the convolutions: rows of pixels times panels of 64 output channels.
 //
-// A's rows lie a fixed stride apart; a stride that is a large power of two would make the rows of a
-// tile evict each other from the first cache, so rows written for it are padded (padded_row).
-// B lies in panels of 32 columns, [k][32], zero-filled past the last channel.
+// A row of A is a number of runs of `depth` values; where they begin is the business of a class
+// (Rows here, Windows in conv_direct.cpp). B lies in panels of 64 columns, [k][64], zero-filled
+// past the last channel. A tile of few rows and many columns asks for the fewest loads a product.
+//
+// The order of additions depends on the depth alone: chunks of kChunk values, each from zero, then
+// added up. That rounds less than one long sum, and no split among threads changes a bit.
 #pragma once
 
 #include "loops.h"
 
 namespace resnet_fast::cpu::RF_ISA {
 
-constexpr int kPanel = 32;
-constexpr int kPrefetch = 24;  // rows of a panel ahead
+constexpr int kPanel = 64;
+// Values of a row, and of a panel's column, at once: with the rows of a block they stay in the
+// second cache.
+constexpr int64_t kChunk = 512, kBlockFloats = 48 * 1024;
 
 // Rows and packs of a tile: its accumulators fill the registers but for those of B and a broadcast.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 14, kTilePacks = 2;
-#elif defined(__aarch64__)
-constexpr int kTileRows = 6, kTilePacks = 1;
-#elif defined(__AVX2__)
+constexpr int kTileRows = 6, kTilePacks = 4;
+#elif defined(__aarch64__) || defined(__AVX2__)
 constexpr int kTileRows = 6, kTilePacks = 1;
 #else
 constexpr int kTileRows = 2, kTilePacks = 1;
 #endif
 
-// A row of `segments` runs of `depth` values; the runs of a row lie segment_stride apart.
+// The stride for rows of n values that are written for the product alone. A stride that is a large
+// power of two would make the rows of a tile evict each other from the first cache.
+RF_INLINE int64_t padded_row(int64_t n) { return ceil_div(n, kLanes) * kLanes + kLanes; }
+
+// Rows a fixed stride apart; the runs of a row lie run_stride apart.
 struct Rows {
   const float* first;
   int64_t row_stride;
   int64_t depth;
-  int64_t segments = 1, segment_stride = 0;
+  int64_t runs = 1, run_stride = 0;
+
+  // Where run after run of Height rows begins.
+  template <int Height>
+  class Walk {
+   public:
+    Walk(const Rows& a, int64_t row, int64_t run)
+        : a_(a), at_(a.first + row * a.row_stride + run * a.run_stride) {}
+    RF_INLINE void next(const float* (&rows)[Height]) {
+#pragma GCC unroll 6
+      for (int i = 0; i < Height; ++i) rows[i] = at_ + i * a_.row_stride;
+      at_ += a_.run_stride;
+    }
+
+   private:
+    const Rows& a_;
+    const float* at_;
+  };
 };
 
-// The stride for rows of n values that are written for the product alone.
-RF_INLINE int64_t padded_row(int64_t n) { return ceil_div(n, kLanes) * kLanes + kLanes; }
-
-// Three rows to a pointer: addresses p, p + stride and p + 2 stride need no register of their own.
-template <int Height>
-struct RowPointers {
-  static constexpr int kPointers = (Height + 2) / 3;
-  const char* at[kPointers];
-  int64_t stride;  // in bytes
-
-  RF_INLINE RowPointers(const float* a, int64_t row_stride) : stride(row_stride * 4) {
-    for (int i = 0; i < kPointers; ++i) at[i] = reinterpret_cast<const char*>(a) + 3 * i * stride;
-  }
-  RF_INLINE float row(int i, int k) const {
-    float value;
-    std::memcpy(&value, at[i / 3] + i % 3 * stride + k * sizeof(float), sizeof value);
-    return value;
-  }
-  RF_INLINE void advance(int k) {
-#pragma GCC unroll 5
-    for (int i = 0; i < kPointers; ++i) {
-      at[i] += k * sizeof(float);
-      // Keeps the compiler from making a pointer of every row and running out of registers.
-      asm("" : "+r"(at[i]));
+// Memory that is read soon, fetched into the second cache a little at a time.
+struct Ahead {
+  const float *at, *end;
+  RF_INLINE void fetch() {
+    if (at < end) {
+      __builtin_prefetch(at, 0, 2);
+      __builtin_prefetch(at + kLanes, 0, 2);
+      at += 2 * kLanes;
     }
   }
 };
 
-// Both lines of a panel's row, to be written.
-RF_INLINE void fetch_panel(const float* p) {
-#pragma GCC unroll 2
-  for (int j = 0; j < kPanel; j += kLanes) __builtin_prefetch(p + j, 1);
-}
+// Runs [first, last) of every row; of each the values [from, from + depth).
+struct Chunk {
+  int64_t first, last, from, depth;
+  bool begins, ends;  // the rows
+  int64_t values() const { return (last - first) * depth; }
+};
 
-// acc += A[0..Height) * B, over Steps values of each row.
+// acc += A[0..Height) * B, over the values [k, k + Steps) of each row.
 template <int Steps, int Height, int Packs>
-RF_INLINE void multiply_steps(RowPointers<Height>& rows, const float*& b,
+RF_INLINE void multiply_steps(const float* const (&rows)[Height], int64_t k, const float* b,
                               Pack<float> (&acc)[Height][Packs]) {
 #pragma GCC unroll 4
-  for (int k = 0; k < Steps; ++k) {
+  for (int step = 0; step < Steps; ++step) {
     Pack<float> columns[Packs];
-    // Weights come from memory or the last cache, in order; past the last panel this does nothing.
-#pragma GCC unroll 2
-    for (int j = 0; j < Packs; ++j) {
-      __builtin_prefetch(b + (k + kPrefetch) * kPanel + j * kLanes);
-      columns[j] = load(b + k * kPanel + j * kLanes);
-    }
-#pragma GCC unroll 14
+#pragma GCC unroll 4
+    for (int j = 0; j < Packs; ++j) columns[j] = load(b + step * kPanel + j * kLanes);
+#pragma GCC unroll 6
     for (int i = 0; i < Height; ++i) {
-      const Pack<float> value = broadcast(rows.row(i, k));
-#pragma GCC unroll 2
+      const Pack<float> value = broadcast(rows[i][k + step]);
+#pragma GCC unroll 4
       for (int j = 0; j < Packs; ++j) acc[i][j] = fma(value, columns[j], acc[i][j]);
     }
   }
-  b += Steps * kPanel;
-  rows.advance(Steps);
 }
 
-// The same over one run of `depth` values.
 template <int Height, int Packs>
-RF_INLINE void multiply(const float* a, int64_t stride, const float* b, int64_t depth,
-                        Pack<float> (&acc)[Height][Packs]) {
-  RowPointers<Height> rows(a, stride);
-  for (; depth >= 4; depth -= 4) multiply_steps<4>(rows, b, acc);
-  for (; depth > 0; --depth) multiply_steps<1>(rows, b, acc);
+RF_INLINE void multiply(const float* const (&rows)[Height], int64_t depth, const float* b,
+                        Pack<float> (&acc)[Height][Packs], Ahead& ahead) {
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4, b += 4 * kPanel) {
+    ahead.fetch();
+    multiply_steps<4>(rows, k, b, acc);
+    asm("" : "+r"(k));  // keeps the compiler from counting every row's pointer up
+  }
+  for (; k < depth; ++k, b += kPanel) multiply_steps<1>(rows, k, b, acc);
 }
 
-template <int Height, int Packs, class Out>
-void tile(const Rows& a, int64_t row, const float* b, int64_t column, const Out& out) {
+// A chunk of a tile: sums holds what the chunks before it came to, kPanel to a row.
+template <int Height, int Packs, class A, class Out>
+void tile(const A& a, const Chunk& chunk, int64_t row, const float* b, int64_t column, float* sums,
+          Ahead ahead, const Out& out) {
   Pack<float> acc[Height][Packs];
-#pragma GCC unroll 14
+#pragma GCC unroll 6
   for (int i = 0; i < Height; ++i) {
-    out.fetch(row + i, column);
-#pragma GCC unroll 2
-    for (int j = 0; j < Packs; ++j) acc[i][j] = broadcast(0.0f);
+#pragma GCC unroll 4
+    for (int j = 0; j < Packs; ++j) {
+      if (chunk.ends) out.fetch(row + i, column + j * kLanes);
+      acc[i][j] = broadcast(0.0f);
+    }
   }
-  const float* from = a.first + row * a.row_stride;
-  for (int64_t s = 0; s < a.segments; ++s) {
-    multiply(from, a.row_stride, b, a.depth, acc);
-    from += a.segment_stride;
-    b += a.depth * kPanel;
+  typename A::template Walk<Height> walk(a, row, chunk.first);
+  for (int64_t run = chunk.first; run < chunk.last; ++run) {
+    const float* rows[Height];
+    walk.next(rows);
+#pragma GCC unroll 6
+    for (int i = 0; i < Height; ++i) rows[i] += chunk.from;
+    multiply(rows, chunk.depth, b, acc, ahead);
+    b += chunk.depth * kPanel;
   }
-#pragma GCC unroll 14
+  if (!chunk.begins) {
+#pragma GCC unroll 6
+    for (int i = 0; i < Height; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Packs; ++j) acc[i][j] = acc[i][j] + load(sums + i * kPanel + j * kLanes);
+    }
+  }
+#pragma GCC unroll 6
   for (int i = 0; i < Height; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < Packs; ++j) out(row + i, column + j * kLanes, acc[i][j]);
+#pragma GCC unroll 4
+    for (int j = 0; j < Packs; ++j) {
+      if (chunk.ends) {
+        out(row + i, column + j * kLanes, acc[i][j]);
+      } else {
+        store(sums + i * kPanel + j * kLanes, acc[i][j]);
+      }
+    }
   }
 }
 
 // tile<> of `height` rows, 1 to Height.
-template <int Height, int Packs, class Out>
-RF_INLINE void tile_of(int height, const Rows& a, int64_t row, const float* b, int64_t column,
-                       const Out& out) {
+template <int Height, int Packs, class A, class Out>
+RF_INLINE void tile_of(int height, const A& a, const Chunk& chunk, int64_t row, const float* b,
+                       int64_t column, float* sums, const Ahead& ahead, const Out& out) {
   if constexpr (Height > 1) {
     if (height < Height) {
-      return tile_of<Height - 1, Packs>(height, a, row, b, column, out);
+      return tile_of<Height - 1, Packs>(height, a, chunk, row, b, column, sums, ahead, out);
     }
   }
-  tile<Height, Packs>(a, row, b, column, out);
+  tile<Height, Packs>(a, chunk, row, b, column, sums, ahead, out);
 }
 
-// The first `rows` of A times B, of `columns` columns, a multiple of 16: out.fetch(row, column)
-// before a tile's row is computed, so that its lines are there when out(row, column, pack) takes
-// every 16 columns of it.
-template <class Out>
-void gemm(const Rows& a, int64_t rows, const float* b, int64_t columns, const Out& out) {
-  const int64_t tiles = ceil_div(rows, kTileRows);
-  for (int64_t p = 0; p * kPanel < columns; ++p) {
-    const float* panel = b + p * a.segments * a.depth * kPanel;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = t * rows / tiles;
-      const int height = int((t + 1) * rows / tiles - row);
-      for (int64_t c = p * kPanel; c < minimum((p + 1) * kPanel, columns);
-           c += kTilePacks * kLanes) {
-        const float* part = panel + c - p * kPanel;
-        if (kTilePacks > 1 && c + kLanes >= columns) {
-          tile_of<kTileRows, 1>(height, a, row, part, c, out);
-        } else {
-          tile_of<kTileRows, kTilePacks>(height, a, row, part, c, out);
+struct Range {
+  int64_t first, last;
+  int64_t size() const { return last - first; }
+  // The part-th of `parts` parts that differ by one at the most.
+  Range part(int64_t part, int64_t parts) const {
+    return {first + part * size() / parts, first + (part + 1) * size() / parts};
+  }
+};
+
+template <int Value>
+struct Number {
+  static constexpr int value = Value;
+};
+
+// body(Number of packs, first column) for runs of packs that a tile takes, up to `columns`, a
+// multiple of 16.
+template <class Body>
+RF_INLINE void for_packs(int64_t columns, const Body& body) {
+  int64_t c = 0;
+  for (; c + kTilePacks * kLanes <= columns; c += kTilePacks * kLanes) body(Number<kTilePacks>{}, c);
+  if constexpr (kTilePacks > 2) {
+    for (; c + 2 * kLanes <= columns; c += 2 * kLanes) body(Number<2>{}, c);
+  }
+  if constexpr (kTilePacks > 1) {
+    for (; c < columns; c += kLanes) body(Number<1>{}, c);
+  }
+}
+
+// A chunk of a panel, [values][64], of which `columns` count, times a block of rows. ahead: what
+// the next call reads of B.
+template <class A, class Out>
+void multiply_panel(const A& a, const Chunk& chunk, Range rows, const float* b, Range columns,
+                    float* sums, const Ahead& ahead, const Out& out) {
+  const int64_t tiles = ceil_div(rows.size(), kTileRows);
+  const int64_t slice = ceil_div(ceil_div(ahead.end - ahead.at, tiles), 2 * kLanes) * 2 * kLanes;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const Range at = rows.part(t, tiles);
+    float* kept = sums + (at.first - rows.first) * kPanel;
+    Ahead part{ahead.at + minimum(t * slice, ahead.end - ahead.at), ahead.end};
+    part.end = part.at + minimum(slice, part.end - part.at);
+    for_packs(columns.size(), [&](auto packs, int64_t c) {
+      tile_of<kTileRows, packs.value>(int(at.size()), a, chunk, at.first, b + c, columns.first + c,
+                                      kept + c, part, out);
+      part.at = part.end;
+    });
+  }
+}
+
+// Rows of A times panels of B, of `columns` columns in all, a multiple of 16: out.fetch(row,
+// column) before a tile's row is computed, so that its lines are there when out(row, column, pack)
+// takes every 16 columns of it. end: of the weights that lie behind these and are wanted next.
+template <class A, class Out>
+void gemm(const A& a, Range rows, const float* b, Range panels, int64_t columns, const float* end,
+          const Out& out) {
+  const int64_t runs = minimum(maximum(kChunk / a.depth, 1), a.runs);
+  const int64_t cuts = ceil_div(a.depth, kChunk), values = a.runs * a.depth;
+  const int64_t at_once = maximum(kBlockFloats / (runs * ceil_div(a.depth, cuts)), 4 * kTileRows);
+  const int64_t blocks = ceil_div(rows.size(), at_once);
+  const bool whole = cuts == 1 && runs == a.runs;
+  const Scratch<float> sums(whole ? 0 : ceil_div(rows.size(), blocks) * kPanel);
+  for (int64_t k = 0; k < blocks; ++k) {
+    const Range block = rows.part(k, blocks);
+    for (int64_t p = panels.first; p < panels.last; ++p) {
+      const Range at{p * kPanel, minimum((p + 1) * kPanel, columns)};
+      const float* from = b + p * values * kPanel;
+      for (int64_t run = 0; run < a.runs; run += runs) {
+        for (int64_t cut = 0; cut < cuts; ++cut) {
+          const Range part = Range{0, a.depth}.part(cut, cuts);
+          const int64_t last = minimum(run + runs, a.runs);
+          const Chunk chunk{run, last, part.first, part.size(), run + cut == 0,
+                            last == a.runs && cut + 1 == cuts};
+          const float* next = from + chunk.values() * kPanel;
+          // Later blocks find the weights in a cache.
+          const int64_t wanted = k == 0 ? minimum(kChunk * kPanel, end - next) : 0;
+          const Ahead ahead{next, next + maximum(wanted, 0)};
+          multiply_panel(a, chunk, block, from, at, sums.get(), ahead, out);
+          from = next;
         }
       }
     }
@@ -168,6 +253,21 @@ struct ConvEpilogue {
     Pack<float> v = sum + load(bias + channel);
     if (residual) v = v + load(residual + offset);
     store(y + offset, relu ? resnet_fast::cpu::RF_ISA::relu(v) : v);
+  }
+};
+
+// Pixels one after the other.
+struct PixelsOut {
+  const ConvEpilogue& epilogue;
+  int64_t channels;
+
+  RF_INLINE void fetch(int64_t row, int64_t column) const {
+    const int64_t offset = row * channels + column;
+    if (epilogue.residual) __builtin_prefetch(epilogue.residual + offset);
+    if (epilogue.residual != epilogue.y) __builtin_prefetch(epilogue.y + offset, 1);
+  }
+  RF_INLINE void operator()(int64_t row, int64_t column, const Pack<float>& sum) const {
+    epilogue(row * channels + column, column, sum);
   }
 };
 

@@ -45,23 +45,11 @@ class Padded {
   const Scratch<float> memory_;
 };
 
-// The pixels of one line of the convolution.
-struct LineOut {
-  const ConvEpilogue& epilogue;
-  int64_t channels;
-
-  RF_INLINE void fetch(int64_t row, int64_t column) const {
-    fetch_panel(epilogue.y + row * channels + column);
-  }
-  RF_INLINE void operator()(int64_t row, int64_t column, const Pack<float>& sum) const {
-    epilogue(row * channels + column, column, sum);
-  }
-};
-
 void compute_line(const ConvParams& p, const Padded& x, int64_t n, int64_t i, float* y) {
   const ConvEpilogue epilogue{p.bias, nullptr, y, p.relu};
   const Rows rows{x.top(p, n, i), p.stride_w * p.in_c, p.kernel_w * p.in_c, p.kernel_h, x.width};
-  gemm(rows, p.out_w, p.weight, p.out_c, LineOut{epilogue, p.out_c});
+  const int64_t panels = ceil_div(p.out_c, kPanel);
+  gemm(rows, {0, p.out_w}, p.weight, {0, panels}, p.out_c, nullptr, PixelsOut{epilogue, p.out_c});
 }
 
 // The larger, NaN where either is.

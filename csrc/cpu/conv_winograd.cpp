@@ -17,7 +17,7 @@ struct ProductOut {
   int64_t channels;
 
   RF_INLINE void fetch(int64_t row, int64_t column) const {
-    fetch_panel(products + row * channels + column);
+    __builtin_prefetch(products + row * channels + column, 1);
   }
   RF_INLINE void operator()(int64_t row, int64_t column, const Pack<float>& sum) const {
     store(products + row * channels + column, sum);
@@ -32,7 +32,8 @@ void multiply_points(const ConvParams& p, const Block& block, const Parallel& pa
     for (int64_t point = begin; point < end; ++point) {
       float* out = block.products + point * block.product_stride;
       gemm(Rows{block.inputs + point * block.input_stride, padded_row(p.in_c), p.in_c},
-           block.tiles(), p.weight + point * weights, p.out_c, ProductOut{out, p.out_c});
+           {0, block.tiles()}, p.weight + point * weights, {0, panels}, p.out_c,
+           p.weight + end * weights, ProductOut{out, p.out_c});
     }
   });
 }

@@ -97,14 +97,14 @@ void pack(const FilterParams& p, const Parallel& parallel) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i / groups, row = i % groups * kPackRows;
       const int64_t rows = minimum(kPackRows, p.rows - row);
-      for (int64_t half = 0; half < kPanel; half += kLanes) {
-        if (panel * kPanel + half < p.columns) {
-          fetch_taps(p, row, rows, panel * kPanel + half, taps);
+      for (int64_t part = 0; part < kPanel; part += kLanes) {
+        if (panel * kPanel + part < p.columns) {
+          fetch_taps(p, row, rows, panel * kPanel + part, taps);
         } else {
           std::memset(taps, 0, kPackRows * 9 * kLanes * sizeof(float));
         }
         for (int64_t k = 0; k < rows; ++k) {
-          pack_columns<T>(taps + k * 9 * kLanes, runs + k * kPanel + half, kPiece);
+          pack_columns<T>(taps + k * 9 * kLanes, runs + k * kPanel + part, kPiece);
         }
       }
       for (int point = 0; point < kPoints; ++point) {

@@ -17,12 +17,12 @@ RF_INLINE void multiply_outer(const float* a, int64_t a_stride, const float* b, 
                               int64_t depth, Pack<float> (&acc)[Height][Packs]) {
   for (int64_t k = 0; k < depth; ++k) {
     Pack<float> columns[Packs];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < Packs; ++j) columns[j] = load(b + j * kLanes);
-#pragma GCC unroll 14
+#pragma GCC unroll 6
     for (int i = 0; i < Height; ++i) {
       const Pack<float> value = broadcast(a[i]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < Packs; ++j) acc[i][j] = fma(value, columns[j], acc[i][j]);
     }
     a += a_stride;
@@ -43,17 +43,17 @@ template <int Height, int Packs>
 void outer_tile(const Outer& o, int64_t row, int64_t column) {
   Pack<float> acc[Height][Packs];
   float* out = o.out + row * o.out_stride + column;
-#pragma GCC unroll 14
+#pragma GCC unroll 6
   for (int i = 0; i < Height; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < Packs; ++j) {
       acc[i][j] = broadcast(0.0f);
     }
   }
   multiply_outer(o.a + row, o.a_stride, o.b + column, o.b_stride, o.depth, acc);
-#pragma GCC unroll 14
+#pragma GCC unroll 6
   for (int i = 0; i < Height; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < Packs; ++j) {
       float* to = out + i * o.out_stride + j * kLanes;
       store(to, o.add ? load(to) + acc[i][j] : acc[i][j]);
@@ -71,17 +71,12 @@ RF_INLINE void outer_tile_of(int height, const Outer& o, int64_t row, int64_t co
 
 void outer_product(const Outer& o, int64_t rows, int64_t columns) {
   const int64_t tiles = ceil_div(rows, kTileRows);
-  for (int64_t c = 0; c < columns; c += kTilePacks * kLanes) {
+  for_packs(columns, [&](auto packs, int64_t c) {
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = t * rows / tiles;
-      const int height = int((t + 1) * rows / tiles - row);
-      if (kTilePacks > 1 && c + kLanes >= columns) {
-        outer_tile_of<kTileRows, 1>(height, o, row, c);
-      } else {
-        outer_tile_of<kTileRows, kTilePacks>(height, o, row, c);
-      }
+      const Range at = Range{0, rows}.part(t, tiles);
+      outer_tile_of<kTileRows, packs.value>(int(at.size()), o, at.first, c);
     }
-  }
+  });
 }
 
 // The transform of a tile of gradients, 16 channels; zeros where it hangs over the edge.

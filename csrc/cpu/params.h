@@ -184,11 +184,11 @@ struct ConvParams {
   float* y;               // (n, out_h, out_w, out_c)
   int64_t n, in_h, in_w, in_c;
   int64_t out_h, out_w, out_c;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   bool relu;
 };
 
-// Filters of 3x3 packed for Winograd: packed[point][panel][k][32] of the values at the points, for
+// Filters of 3x3 packed for Winograd: packed[point][panel][k][64] of the values at the points, for
 // rows k and columns in panels, from weight[k * row_stride + column * column_stride + tap *
 // tap_stride]; flip: taps from the last to the first. columns: a multiple of 16.
 struct FilterParams {
@@ -216,6 +216,8 @@ struct KernelTable {
   void (*conv_winograd_pack)(const FilterParams&, int tile, const Parallel&);
   // weight (C_out, 3, 3, C_in): the filter's gradient, with the outputs' in y, which is only read.
   void (*conv_winograd_weight)(const ConvParams&, float* weight, int tile, const Parallel&);
+  // Any kernel of one group.
+  void (*conv_direct)(const ConvParams&, const Parallel&);
   // Few channels, no residual; max_pool: y holds the lines pooled 3x3 with stride 2.
   void (*conv_stem)(const ConvParams&, bool max_pool, const Parallel&);
 };

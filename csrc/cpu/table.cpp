@@ -17,6 +17,7 @@ const KernelTable kTable = {add_relu,
                             conv_winograd,
                             conv_winograd_pack,
                             conv_winograd_weight,
+                            conv_direct,
                             conv_stem};
 
 }  // namespace resnet_fast::cpu::RF_ISA

@@ -20,6 +20,7 @@ void max_pool_grad(const MaxPoolGradParams&, const Parallel&);
 void conv_winograd(const ConvParams&, int tile, const Parallel&);
 void conv_winograd_pack(const FilterParams&, int tile, const Parallel&);
 void conv_winograd_weight(const ConvParams&, float* weight, int tile, const Parallel&);
+void conv_direct(const ConvParams&, const Parallel&);
 void conv_stem(const ConvParams&, bool max_pool, const Parallel&);
 
 // Calls body with a value of the dtype's type.

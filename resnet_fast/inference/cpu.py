@@ -17,13 +17,13 @@ from torch import Tensor, fx
 
 from resnet_fast import _conv
 from resnet_fast._conv_ways import has_instructions
-from resnet_fast.inference import winograd
+from resnet_fast.inference import direct, winograd
 from resnet_fast.inference.fold import MAX_SIZES, ConvSpec, folded
 
 PACKED, PLAIN = "oneDNN, packed", "F.conv2d"
-WINOGRAD = "Winograd, or oneDNN for small maps"
+WINOGRAD, DIRECT = "Winograd, or direct for small maps", "direct"
 STEM = "stem, pooled line by line"
-FAST = (PACKED, WINOGRAD, STEM)
+FAST = (PACKED, WINOGRAD, DIRECT, STEM)
 FEW_CHANNELS = 8  # of a picture: more, and gathering its rows costs less than it saves
 
 
@@ -81,8 +81,10 @@ def _unpooled(
     spec: ConvSpec, weight: Tensor, bias: Tensor | None
 ) -> tuple[Callable[..., Tensor], str, str]:
     if winograd.suits(spec, weight):
-        conv = winograd.make_conv(spec, weight, bias, lambda: _of_library(spec, weight, bias)[0])
+        conv = winograd.make_conv(spec, weight, bias, lambda: direct.make_conv(spec, weight, bias))
         return conv, WINOGRAD, ""
+    if direct.suits(spec, weight):
+        return direct.make_conv(spec, weight, bias), DIRECT, ""
     return _of_library(spec, weight, bias)
 
 
@@ -102,7 +104,8 @@ def _pooled(
     spec: ConvSpec, weight: Tensor, bias: Tensor | None
 ) -> tuple[Callable[..., Tensor], str, str]:
     """With the max-pooling: in one, where the input has few channels, or one after the other."""
-    if weight.shape[1] > FEW_CHANNELS or not winograd.is_plain(spec, weight):
+    dilated = list(spec.dilation) != [1, 1]
+    if weight.shape[1] > FEW_CHANNELS or not direct.suits(spec, weight) or dilated:
         conv, how, why = _unpooled(spec, weight, bias)
         return lambda x: F.max_pool2d(conv(x), 3, 2, 1), how, why
     bias = weight.new_zeros(len(weight)) if bias is None else bias

@@ -9,25 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from resnet_fast import _conv, env
+from resnet_fast import _conv
+from resnet_fast.inference import direct
 from resnet_fast.inference.fold import MAX_SIZES, ConvSpec
-
-
-def is_plain(spec: ConvSpec, weight: Tensor) -> bool:
-    """What our operators ask of any conv: float32, one group, no dilation, C_out in sixteens."""
-    return (
-        weight.dtype is torch.float32
-        and spec.groups == 1
-        and list(spec.dilation) == [1, 1]
-        and weight.shape[0] % 16 == 0
-        and env.is_available("cpu")
-    )
 
 
 def suits(spec: ConvSpec, weight: Tensor) -> bool:
     """Whether conv_winograd computes this conv: 3x3, stride 1, C_in in sixteens as well."""
     return (
-        is_plain(spec, weight)
+        direct.suits(spec, weight)
+        and list(spec.dilation) == [1, 1]
         and tuple(weight.shape[2:]) == (3, 3)
         and list(spec.stride) == [1, 1]
         and weight.shape[1] % 16 == 0
@@ -38,10 +29,10 @@ def make_conv(
     spec: ConvSpec,
     weight: Tensor,
     bias: Tensor | None,
-    direct: Callable[[], Callable[..., Tensor]],
+    otherwise: Callable[[], Callable[..., Tensor]],
 ) -> Callable[..., Tensor]:
-    """The function of (x) or (x, residual); direct: makes the one for sizes that do not suit."""
-    packed = _Tiles(weight, spec, direct)
+    """The function of (x) or (x, residual); otherwise: makes the one for sizes that do not suit."""
+    packed = _Tiles(weight, spec, otherwise)
     known, look_up, relu = packed.known.get, packed.look_up, spec.relu
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     padding = spec.padding
@@ -66,13 +57,13 @@ def make_conv(
 
 
 class _Tiles:
-    """For every input size that came: (tile, packed weights, None) or (0, None, direct conv)."""
+    """For every input size that came: (tile, packed weights, None) or (0, None, conv otherwise)."""
 
     def __init__(
-        self, weight: Tensor, spec: ConvSpec, direct: Callable[[], Callable[..., Tensor]]
+        self, weight: Tensor, spec: ConvSpec, otherwise: Callable[[], Callable[..., Tensor]]
     ) -> None:
         self.known: dict[torch.Size, tuple[int, Tensor | None, Callable[..., Tensor] | None]] = {}
-        self._weight, self._padding, self._direct = weight, spec.padding, direct
+        self._weight, self._padding, self._otherwise = weight, spec.padding, otherwise
         self._made: dict[int, tuple[int, Tensor | None, Callable[..., Tensor] | None]] = {}
         self._lock = threading.Lock()
         self._pack = torch.ops.resnet_fast.conv_winograd_pack.default
@@ -84,7 +75,7 @@ class _Tiles:
                 self._made[tile] = (
                     (tile, self._pack(self._weight, tile, False), None)
                     if tile
-                    else (0, None, self._direct())
+                    else (0, None, self._otherwise())
                 )
             if len(self.known) >= MAX_SIZES:
                 self.known.clear()

@@ -37,7 +37,7 @@ template <class Kernel>
 void call(ConvParams p, int64_t taps, int64_t out_h, int64_t out_w, bool residual,
           const Kernel& kernel) {
   const std::vector<float> x(p.n * p.in_h * p.in_w * p.in_c, 1.0f);
-  const std::vector<float> weight(taps * p.in_c * ((p.out_c + 31) / 32 * 32), 0.5f);
+  const std::vector<float> weight(taps * p.in_c * ((p.out_c + 63) / 64 * 64), 0.5f);
   const std::vector<float> bias(p.out_c, 1.0f), added(residual ? p.n * out_h * out_w * p.out_c : 0);
   std::vector<float> y(p.n * out_h * out_w * p.out_c);
   p.x = x.data(), p.weight = weight.data(), p.bias = bias.data(), p.y = y.data();
@@ -69,7 +69,7 @@ void stem(const Shape& s, const Parallel& parallel) {
 void winograd_pack(int64_t columns, int64_t rows, const Parallel& parallel) {
   const std::vector<float> weight(columns * rows * 9, 0.5f);
   for (int tile : {2, 4}) {
-    std::vector<float> packed((tile + 2) * (tile + 2) * ((columns + 31) / 32) * rows * 32);
+    std::vector<float> packed((tile + 2) * (tile + 2) * ((columns + 63) / 64) * rows * 64);
     for (bool transposed : {false, true}) {
       const int64_t inner = transposed ? columns : rows;
       for (bool last : {false, true}) {

@@ -14,31 +14,37 @@ void check_floats(const char* name, const Tensor& t) {
                   " must be float32 of 4 dimensions (N, C, H, W); got ", shape_text(t));
 }
 
+// How a kernel goes over a picture; each of two numbers, down and across.
+struct Sliding {
+  Pair kernel, stride, padding, dilation{1, 1};
+};
+
 // The sizes of a convolution of x, but for out_c.
-cpu::ConvParams sizes_of(const Tensor& x, const Pair& kernel, const Pair& stride,
-                         const Pair& padding) {
-  for (const Pair* pair : {&kernel, &stride, &padding}) {
-    STD_TORCH_CHECK(pair->size() == 2, "kernel, stride and padding must be pairs");
+cpu::ConvParams sizes_of(const Tensor& x, const Sliding& g) {
+  for (const Pair* pair : {&g.kernel, &g.stride, &g.padding, &g.dilation}) {
+    STD_TORCH_CHECK(pair->size() == 2, "kernel, stride, padding and dilation must be pairs");
   }
   for (int d = 0; d < 2; ++d) {
-    STD_TORCH_CHECK(kernel[d] > 0 && stride[d] > 0 && padding[d] >= 0,
-                    "kernel and stride must be positive, padding not negative");
-    STD_TORCH_CHECK(x.size(d + 2) + 2 * padding[d] >= kernel[d], "x of ", shape_text(x),
-                    " is smaller than the kernel");
+    STD_TORCH_CHECK(
+        g.kernel[d] > 0 && g.stride[d] > 0 && g.dilation[d] > 0 && g.padding[d] >= 0,
+        "kernel, stride and dilation must be positive, padding not negative");
+    STD_TORCH_CHECK(x.size(d + 2) + 2 * g.padding[d] > g.dilation[d] * (g.kernel[d] - 1), "x of ",
+                    shape_text(x), " is smaller than the kernel");
   }
   cpu::ConvParams p{};
   p.n = x.size(0), p.in_c = x.size(1), p.in_h = x.size(2), p.in_w = x.size(3);
-  p.kernel_h = kernel[0], p.kernel_w = kernel[1];
-  p.stride_h = stride[0], p.stride_w = stride[1];
-  p.pad_h = padding[0], p.pad_w = padding[1];
-  p.out_h = (p.in_h + 2 * p.pad_h - p.kernel_h) / p.stride_h + 1;
-  p.out_w = (p.in_w + 2 * p.pad_w - p.kernel_w) / p.stride_w + 1;
+  p.kernel_h = g.kernel[0], p.kernel_w = g.kernel[1];
+  p.stride_h = g.stride[0], p.stride_w = g.stride[1];
+  p.pad_h = g.padding[0], p.pad_w = g.padding[1];
+  p.dilation_h = g.dilation[0], p.dilation_w = g.dilation[1];
+  p.out_h = (p.in_h + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_w = (p.in_w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
   return p;
 }
 
 // Sizes and checks that the convolutions of packed weights share.
 cpu::ConvParams params_of(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                          const Pair& kernel, const Pair& stride, const Pair& padding, bool relu) {
+                          const Sliding& sliding, bool relu) {
   check_floats("x", x);
   check_device("weight", weight, x);
   check_device("bias", bias, x);
@@ -48,7 +54,8 @@ cpu::ConvParams params_of(const Tensor& x, const Tensor& weight, const Tensor& b
   STD_TORCH_CHECK(
       bias.dim() == 1 && bias.is_contiguous() && bias.numel() > 0 && bias.numel() % 16 == 0,
       "bias must be dense, of a multiple of 16 channels; got ", shape_text(bias));
-  cpu::ConvParams p = sizes_of(x, kernel, stride, padding);
+  cpu::ConvParams p = sizes_of(x, sliding);
+  STD_TORCH_CHECK(p.in_c > 0, "x must have channels; got ", shape_text(x));
   p.out_c = bias.numel();
   p.relu = relu;
   return p;
@@ -56,7 +63,7 @@ cpu::ConvParams params_of(const Tensor& x, const Tensor& weight, const Tensor& b
 
 // taps: how many matrices of (C_in, C_out) the packed weights hold.
 void check_packed(const Tensor& weight, const cpu::ConvParams& p, int64_t taps) {
-  const int64_t numel = taps * p.in_c * ((p.out_c + 31) / 32 * 32);
+  const int64_t numel = taps * p.in_c * ((p.out_c + 63) / 64 * 64);
   STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == numel,
                   "weight must be packed for this convolution, ", numel, " values; got ",
                   shape_text(weight));
@@ -65,7 +72,7 @@ void check_packed(const Tensor& weight, const cpu::ConvParams& p, int64_t taps) 
 cpu::ConvParams winograd_params(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                 const Pair& padding, int64_t tile, bool relu) {
   STD_TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4; got ", tile);
-  cpu::ConvParams p = params_of(x, weight, bias, {3, 3}, {1, 1}, padding, relu);
+  cpu::ConvParams p = params_of(x, weight, bias, {{3, 3}, {1, 1}, padding}, relu);
   STD_TORCH_CHECK(p.in_c % 16 == 0, "x must have a multiple of 16 channels; got ", p.in_c);
   check_packed(weight, p, (tile + 2) * (tile + 2));
   return p;
@@ -105,33 +112,49 @@ void set_pointers(cpu::ConvParams& p, const Tensor& x, const Tensor& weight, con
   p.y = static_cast<float*>(y.mutable_data_ptr());
 }
 
+// The outputs, in a new tensor; run: the kernel, on p.
+template <class Kernel>
+Tensor fresh(cpu::ConvParams& p, const Tensor& x, const Tensor& weight, const Tensor& bias,
+             const OptionalTensor& residual, const Kernel& run) {
+  OptionalTensor added;
+  if (residual) {
+    check_residual(*residual, p, x);
+    added = to_rows(*residual);
+  }
+  const Tensor rows = to_rows(x);
+  const Tensor y = new_rows(p.n, p.out_c, p.out_h, p.out_w, ScalarType::Float);
+  if (p.n == 0) return y;
+  set_pointers(p, rows, weight, bias, added ? &*added : nullptr, y);
+  run();
+  return y;
+}
+
+// The same, written over the residual.
+template <class Kernel>
+void onto(cpu::ConvParams& p, Tensor& residual, const Tensor& x, const Tensor& weight,
+          const Tensor& bias, const Kernel& run) {
+  check_residual(residual, p, x);
+  if (p.n == 0) return;
+  const Tensor rows = to_rows(x), y = to_rows(residual);
+  set_pointers(p, rows, weight, bias, &y, y);
+  run();
+  if (!is_rows(residual)) torch::stable::copy_(residual, y);
+}
+
 }  // namespace
 
 Tensor conv_winograd(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual, Pair padding,
                      int64_t tile, bool relu) {
   cpu::ConvParams p = winograd_params(x, weight, bias, padding, tile, relu);
-  if (residual) {
-    check_residual(*residual, p, x);
-    residual = to_rows(*residual);
-  }
-  x = to_rows(x);
-  const Tensor y = new_rows(p.n, p.out_c, p.out_h, p.out_w, ScalarType::Float);
-  if (p.n == 0) return y;
-  set_pointers(p, x, weight, bias, residual ? &*residual : nullptr, y);
-  cpu::kernels().conv_winograd(p, int(tile), torch_threads());
-  return y;
+  return fresh(p, x, weight, bias, residual,
+               [&] { cpu::kernels().conv_winograd(p, int(tile), torch_threads()); });
 }
 
 void conv_winograd_(Tensor residual, Tensor x, Tensor weight, Tensor bias, Pair padding,
                     int64_t tile, bool relu) {
   cpu::ConvParams p = winograd_params(x, weight, bias, padding, tile, relu);
-  check_residual(residual, p, x);
-  if (p.n == 0) return;
-  x = to_rows(x);
-  const Tensor y = to_rows(residual);
-  set_pointers(p, x, weight, bias, &y, y);
-  cpu::kernels().conv_winograd(p, int(tile), torch_threads());
-  if (!is_rows(residual)) torch::stable::copy_(residual, y);
+  onto(p, residual, x, weight, bias,
+       [&] { cpu::kernels().conv_winograd(p, int(tile), torch_threads()); });
 }
 
 Tensor conv_winograd_pack(Tensor weight, int64_t tile, bool transposed) {
@@ -150,9 +173,9 @@ Tensor conv_winograd_pack(Tensor weight, int64_t tile, bool transposed) {
   p.row_stride = weight.stride(rows), p.column_stride = weight.stride(columns);
   p.tap_stride = weight.stride(3);
   p.flip = transposed;
-  const int64_t points = (tile + 2) * (tile + 2), panels = (p.columns + 31) / 32;
+  const int64_t points = (tile + 2) * (tile + 2), panels = (p.columns + 63) / 64;
   const Tensor packed =
-      on_huge_pages(torch::stable::new_empty(weight, {points, panels, p.rows, 32}));
+      on_huge_pages(torch::stable::new_empty(weight, {points, panels, p.rows, 64}));
   p.weight = static_cast<const float*>(weight.const_data_ptr());
   p.packed = static_cast<float*>(packed.mutable_data_ptr());
   cpu::kernels().conv_winograd_pack(p, int(tile), torch_threads());
@@ -164,7 +187,7 @@ Tensor conv_winograd_weight(Tensor grad, Tensor x, Pair padding, int64_t tile) {
   check_floats("x", x);
   check_floats("grad", grad);
   check_device("grad", grad, x);
-  cpu::ConvParams p = sizes_of(x, {3, 3}, {1, 1}, padding);
+  cpu::ConvParams p = sizes_of(x, {{3, 3}, {1, 1}, padding});
   p.out_c = grad.size(1);
   check_outputs("grad", grad, p);
   STD_TORCH_CHECK(p.in_c > 0 && p.out_c > 0 && p.in_c % 16 == 0 && p.out_c % 16 == 0,
@@ -179,9 +202,24 @@ Tensor conv_winograd_weight(Tensor grad, Tensor x, Pair padding, int64_t tile) {
   return weight;
 }
 
+Tensor conv_direct(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual, Pair kernel,
+                   Pair stride, Pair padding, Pair dilation, bool relu) {
+  cpu::ConvParams p = params_of(x, weight, bias, {kernel, stride, padding, dilation}, relu);
+  check_packed(weight, p, p.kernel_h * p.kernel_w);
+  return fresh(p, x, weight, bias, residual,
+               [&] { cpu::kernels().conv_direct(p, torch_threads()); });
+}
+
+void conv_direct_(Tensor residual, Tensor x, Tensor weight, Tensor bias, Pair kernel, Pair stride,
+                  Pair padding, Pair dilation, bool relu) {
+  cpu::ConvParams p = params_of(x, weight, bias, {kernel, stride, padding, dilation}, relu);
+  check_packed(weight, p, p.kernel_h * p.kernel_w);
+  onto(p, residual, x, weight, bias, [&] { cpu::kernels().conv_direct(p, torch_threads()); });
+}
+
 Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, Pair kernel, Pair stride, Pair padding,
                  bool relu, bool max_pool) {
-  cpu::ConvParams p = params_of(x, weight, bias, kernel, stride, padding, relu);
+  cpu::ConvParams p = params_of(x, weight, bias, {kernel, stride, padding}, relu);
   check_packed(weight, p, p.kernel_h * p.kernel_w);
   x = to_rows(x);
   const auto pooled = [&](int64_t size) { return max_pool ? (size - 1) / 2 + 1 : size; };

@@ -87,6 +87,12 @@ void conv_winograd_(Tensor residual, Tensor x, Tensor weight, Tensor bias,
                     std::vector<int64_t> padding, int64_t tile, bool relu);
 Tensor conv_winograd_pack(Tensor weight, int64_t tile, bool transposed);
 Tensor conv_winograd_weight(Tensor grad, Tensor x, std::vector<int64_t> padding, int64_t tile);
+Tensor conv_direct(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual,
+                   std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                   std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu);
+void conv_direct_(Tensor residual, Tensor x, Tensor weight, Tensor bias,
+                  std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                  std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu);
 Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> kernel,
                  std::vector<int64_t> stride, std::vector<int64_t> padding, bool relu,
                  bool max_pool);

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Convs by our matrix product with gathered rows: 1x1, strided, dilated, of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from resnet_fast import _conv, env
+from resnet_fast.inference.fold import ConvSpec
+
+
+def suits(spec: ConvSpec, weight: Tensor) -> bool:
+    """What our operators ask of any conv: float32, one group, C_out in sixteens."""
+    return (
+        weight.dtype is torch.float32
+        and spec.groups == 1
+        and weight.shape[0] % 16 == 0
+        and weight.shape[1] > 0
+        and env.is_available("cpu")
+    )
+
+
+def make_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    """The function of (x) or (x, residual)."""
+    packed = _conv.pack(weight)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    rest = (list(weight.shape[2:]), spec.stride, spec.padding, spec.dilation, spec.relu)
+    fresh = torch.ops.resnet_fast.conv_direct.default
+    onto = torch.ops.resnet_fast.conv_direct_.default
+
+    def conv(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        result: Tensor = fresh(x, packed, bias, residual, *rest)
+        return result
+
+    def conv_onto(x: Tensor, residual: Tensor) -> Tensor:
+        onto(residual, x, packed, bias, *rest)
+        return residual
+
+    return conv_onto if spec.inplace else conv

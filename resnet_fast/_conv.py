@@ -24,8 +24,8 @@ SCHEMAS = (
     # outputs a side of a tile, 2 or 4.
     "conv_winograd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[2] padding,"
     " int tile, bool relu) -> Tensor",
-    # The same, written over residual.
-    "conv_winograd_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor bias, int[2] padding,"
+    # The same into y, to whose values it is added if that is wanted; y shares no memory with x.
+    "conv_winograd_(Tensor(a!) y, Tensor x, Tensor weight, Tensor bias, bool add, int[2] padding,"
     " int tile, bool relu) -> ()",
     # weight (C_out, C_in, 3, 3) as conv_winograd wants it; transposed: for the convolution that
     # gives the inputs' gradient, so that C_in must be a multiple of 16 and not C_out.
@@ -37,12 +37,15 @@ SCHEMAS = (
     # weight: what pack makes. bias: (C_out,), C_out a multiple of 16.
     "conv_direct(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[2] kernel,"
     " int[2] stride, int[2] padding, int[2] dilation, bool relu) -> Tensor",
-    # The same, written over residual, which must not share memory with x.
-    "conv_direct_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor bias, int[2] kernel,"
+    # The same into y, to whose values it is added if that is wanted.
+    "conv_direct_(Tensor(a!) y, Tensor x, Tensor weight, Tensor bias, bool add, int[2] kernel,"
     " int[2] stride, int[2] padding, int[2] dilation, bool relu) -> ()",
     # weight: what pack makes. max_pool: of 3x3, stride 2, padding 1.
     "conv_stem(Tensor x, Tensor weight, Tensor bias, int[2] kernel, int[2] stride, int[2] padding,"
     " bool relu, bool max_pool) -> Tensor",
+    # The same into y.
+    "conv_stem_(Tensor(a!) y, Tensor x, Tensor weight, Tensor bias, int[2] kernel, int[2] stride,"
+    " int[2] padding, bool relu, bool max_pool) -> ()",
 )
 PANEL = 64  # output channels side by side in packed weights
 # Where the polynomials are evaluated; infinity is the last point. See csrc/cpu/conv_winograd.cpp.
@@ -147,15 +150,9 @@ def conv_winograd(
 
 
 def conv_winograd_(
-    residual: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    padding: list[int],
-    tile: int,
-    relu: bool,
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, add: bool, *rest: Any
 ) -> None:
-    residual.copy_(conv_winograd(x, weight, bias, residual, padding, tile, relu))
+    y.copy_(conv_winograd(x, weight, bias, y if add else None, *rest))
 
 
 def huge_pages(fresh: Tensor) -> None:
@@ -189,8 +186,10 @@ def conv_direct(
     return as_rows(y.relu() if relu else y)
 
 
-def conv_direct_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> None:
-    residual.copy_(conv_direct(x, weight, bias, residual, *rest))
+def conv_direct_(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, add: bool, *rest: Any
+) -> None:
+    y.copy_(conv_direct(x, weight, bias, y if add else None, *rest))
 
 
 def conv_stem(
@@ -209,6 +208,10 @@ def conv_stem(
     return as_rows(F.max_pool2d(y, 3, 2, 1) if max_pool else y)
 
 
+def conv_stem_(y: Tensor, *args: Any) -> None:
+    y.copy_(conv_stem(*args))
+
+
 # ---- fakes ---------------------------------------------------------------------------------------
 def fake_winograd(
     x: Tensor,
@@ -222,7 +225,7 @@ def fake_winograd(
     return _new(x, bias, [s + 2 * p - 2 for s, p in zip(x.shape[2:], padding, strict=True)])
 
 
-def fake_winograd_(residual: Tensor, *args: object) -> None:
+def fake_winograd_(y: Tensor, *args: object) -> None:
     return None
 
 
@@ -264,7 +267,7 @@ def fake_direct(
     return _new(x, bias, _sizes(x, kernel, stride, padding, dilation))
 
 
-def fake_direct_(residual: Tensor, *args: object) -> None:
+def fake_direct_(y: Tensor, *args: object) -> None:
     return None
 
 
@@ -280,6 +283,10 @@ def fake_stem(
 ) -> Tensor:
     size = _sizes(x, kernel, stride, padding, [1, 1])
     return _new(x, bias, [(s - 1) // 2 + 1 for s in size] if max_pool else size)
+
+
+def fake_stem_(y: Tensor, *args: object) -> None:
+    return None
 
 
 def _sizes(

@@ -129,7 +129,7 @@ def _winograd(
     bias = weight.new_zeros(weight.size(1 if transposed else 0))
     if onto is None:
         return cast(Tensor, _ops.conv_winograd(x, packed, bias, None, padding, tile, False))
-    _ops.conv_winograd_(onto, x, packed, bias, padding, tile, False)
+    _ops.conv_winograd_(onto, x, packed, bias, True, padding, tile, False)
     return onto
 
 

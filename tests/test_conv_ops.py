@@ -70,7 +70,7 @@ def check_winograd(
     assert ours.stride() == torch.empty(size).to(memory_format=torch.channels_last).stride()
     if residual is not None:
         onto = residual.clone(memory_format=torch.preserve_format)
-        ops.conv_winograd_(onto, x, packed, bias, [padding, padding], tile, relu)
+        ops.conv_winograd_(onto, x, packed, bias, True, [padding, padding], tile, relu)
         assert torch.equal(onto, ours)
 
 
@@ -168,7 +168,7 @@ def test_residual_of_another_layout() -> None:
     residual = torch.randn(2, 16, 6, 6)
     packed = _conv.pack_winograd(weight, 2)
     right = OPS.conv_winograd(x, packed, bias, residual, [1, 1], 2, False)
-    OPS.conv_winograd_(residual, x, packed, bias, [1, 1], 2, False)
+    OPS.conv_winograd_(residual, x, packed, bias, True, [1, 1], 2, False)
     assert torch.equal(residual, right)
     assert residual.is_contiguous()
 
@@ -186,7 +186,7 @@ def test_opcheck() -> None:
     x, residual = rows(2, 16, 5, 6), rows(2, 32, 5, 6)
     for given in (residual, None):
         torch.library.opcheck(OPS.conv_winograd.default, (x, packed, bias, given, [1, 1], 4, True))
-    torch.library.opcheck(OPS.conv_winograd_.default, (residual, x, packed, bias, [1, 1], 4, True))
+    torch.library.opcheck(OPS.conv_winograd_.default, (residual, x, packed, bias, True, [1, 1], 4, True))
     for pool in (False, True):
         torch.library.opcheck(OPS.conv_stem.default, stem(STEMS[1], True, pool)[1])
 

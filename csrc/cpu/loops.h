@@ -45,20 +45,76 @@ inline Parallel serial() {
           }};
 }
 
-// Working memory of one call, aligned to a vector.
+// Working memory that a thread keeps for its next call: the pages of a fresh block are faulted in
+// one by one. Blocks are handed out and given back like a stack.
+class Kept {
+ public:
+  Kept() = default;
+  Kept(const Kept&) = delete;
+  Kept& operator=(const Kept&) = delete;
+  ~Kept() {
+    for (Block& block : blocks_) std::free(block.p);
+  }
+  // Null where the block is too large to be kept, or its edges are watched.
+  void* take(int64_t bytes) {
+    if (kWatched || taken_ == kBlocks || bytes > kMost) return nullptr;
+    bytes = maximum(bytes, 64);
+    Block& block = blocks_[taken_++];
+    if (block.bytes < bytes) {
+      std::free(block.p);
+      block = {allocate(bytes), bytes};
+    }
+    return block.p;
+  }
+  void give_back() { --taken_; }
+  static void* allocate(int64_t bytes) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 64, size_t(maximum(bytes, 1))) != 0) std::abort();
+    return p;
+  }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool kWatched = true;
+#else
+  static constexpr bool kWatched = false;
+#endif
+  static constexpr int kBlocks = 4;
+  static constexpr int64_t kMost = 12 << 20;
+  struct Block {
+    void* p = nullptr;
+    int64_t bytes = 0;
+  };
+  Block blocks_[kBlocks];
+  int taken_ = 0;
+};
+
+inline Kept& kept() {
+  static thread_local Kept blocks;
+  return blocks;
+}
+
+// Working memory of one call, aligned to a vector, of the thread that makes it.
 template <class A>
 class Scratch {
  public:
-  explicit Scratch(int64_t n) {
-    if (posix_memalign(&p_, 64, size_t(maximum(n, 1)) * sizeof(A)) != 0) std::abort();
+  explicit Scratch(int64_t n) : p_(kept().take(n * int64_t(sizeof(A)))), kept_(p_ != nullptr) {
+    if (!kept_) p_ = Kept::allocate(n * int64_t(sizeof(A)));
   }
-  ~Scratch() { std::free(p_); }
+  ~Scratch() {
+    if (kept_) {
+      kept().give_back();
+    } else {
+      std::free(p_);
+    }
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   A* get() const { return static_cast<A*>(p_); }
 
  private:
-  void* p_ = nullptr;
+  void* p_;
+  const bool kept_;
 };
 
 // The length after which coefficients repeat, in elements: a multiple of C and of 16, 128 or more.

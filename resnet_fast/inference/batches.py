@@ -8,6 +8,7 @@ pieces for large maps, the whole batch where reading the weights again would cos
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -164,8 +165,27 @@ def alive_bytes(segment: Segment, sizes: Mapping[Any, int]) -> int:
 
 
 def _bytes(node: fx.Node, sizes: Mapping[Any, int]) -> int:
+    shape = sizes_of(node, sizes)
+    return 0 if shape is None else math.prod(shape) * int(node.meta["val"].element_size())
+
+
+def sizes_of(node: fx.Node, sizes: Mapping[Any, int]) -> tuple[int, ...] | None:
+    """A node's shape for these sizes of the trace's symbols; None where it is no tensor."""
     shape = symbolic_shape(node)
     if shape is None:
-        return 0
-    numbers = [int(s.subs(sizes)) if hasattr(s, "subs") else s for s in shape]
-    return math.prod(numbers) * int(node.meta["val"].element_size())
+        return None
+    return tuple(s if isinstance(s, int) else _value(s, sizes) for s in shape)
+
+
+def _value(expression: Any, sizes: Mapping[Any, int]) -> int:
+    return _substituted(expression, tuple((s, sizes[s]) for s in _symbols(expression)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _symbols(expression: Any) -> tuple[Any, ...]:
+    return tuple(expression.free_symbols)
+
+
+@functools.lru_cache(maxsize=65536)
+def _substituted(expression: Any, sizes: tuple[tuple[Any, int], ...]) -> int:
+    return int(expression.subs(sizes))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from resnet_fast.dispatch import logger
-from resnet_fast.inference.batches import Level
 from resnet_fast.inference.capture import GraphCache, Recorder
 from resnet_fast.inference.fold import MAX_SIZES
 from resnet_fast.inference.kernels import Kernels
+from resnet_fast.inference.memory import Plan
 from resnet_fast.inference.program import Program
 from resnet_fast.inference.trace import Trace, check_shape
 from resnet_fast.inference.watch import Watch
@@ -39,7 +39,7 @@ class Call:
         # Not a method: the cache of graphs has it, and is to go as soon as nobody calls this.
         layout = kernels.memory_format(self._compute)
         self._ready = functools.partial(_ready, self._compute, layout)
-        self._seen: dict[Any, list[Level]] = {}
+        self._seen: dict[Any, Plan] = {}
         self._out_spec = trace.out_spec
         self._single = trace.out_spec.is_leaf()
 
@@ -83,8 +83,8 @@ class Call:
             ]
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
 
-    def _admit(self, leaves: list[Any]) -> list[Level]:
-        """Check inputs of shapes not seen before; returns in which pieces the batch runs."""
+    def _admit(self, leaves: list[Any]) -> Plan:
+        """Check inputs of shapes not seen before; returns how they run."""
         if len(leaves) != len(self._trace.shapes):
             raise TypeError(f"expected {len(self._trace.shapes)} inputs; got {len(leaves)}")
         for x in leaves:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from resnet_fast import _conv
 from resnet_fast._conv_ways import has_instructions
 from resnet_fast.inference import direct, winograd
-from resnet_fast.inference.fold import MAX_SIZES, ConvSpec, folded
+from resnet_fast.inference.fold import MAX_SIZES, Conv, ConvSpec, Writes, folded
 
 PACKED, PLAIN = "oneDNN, packed", "F.conv2d"
 WINOGRAD, DIRECT = "Winograd, or direct for small maps", "direct"
@@ -67,8 +67,8 @@ def let_malloc_keep() -> None:
 
 def make_conv(
     spec: ConvSpec, values: Mapping[fx.Node, Any], dtype: torch.dtype
-) -> tuple[Callable[..., Tensor], str, str]:
-    """(function of (x) or (x, residual), what runs, why not the fast one)."""
+) -> tuple[Conv, str, str]:
+    """(what computes the conv, its name, why not the fast one)."""
     weight, bias = folded(spec, values)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
@@ -79,7 +79,7 @@ def make_conv(
 
 def _unpooled(
     spec: ConvSpec, weight: Tensor, bias: Tensor | None
-) -> tuple[Callable[..., Tensor], str, str]:
+) -> tuple[Conv, str, str]:
     if winograd.suits(spec, weight):
         conv = winograd.make_conv(spec, weight, bias, lambda: direct.make_conv(spec, weight, bias))
         return conv, WINOGRAD, ""
@@ -102,22 +102,27 @@ def _of_library(
 
 def _pooled(
     spec: ConvSpec, weight: Tensor, bias: Tensor | None
-) -> tuple[Callable[..., Tensor], str, str]:
+) -> tuple[Conv, str, str]:
     """With the max-pooling: in one, where the input has few channels, or one after the other."""
     dilated = list(spec.dilation) != [1, 1]
     if weight.shape[1] > FEW_CHANNELS or not direct.suits(spec, weight) or dilated:
         conv, how, why = _unpooled(spec, weight, bias)
-        return lambda x: F.max_pool2d(conv(x), 3, 2, 1), how, why
+        run = (lambda x: conv.function(x, None, None)) if isinstance(conv, Writes) else conv
+        return lambda x: F.max_pool2d(run(x), 3, 2, 1), how, why
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     packed = _conv.pack(weight)
     rest = (list(weight.shape[2:]), spec.stride, spec.padding, spec.relu, True)
-    op = torch.ops.resnet_fast.conv_stem.default
+    new = torch.ops.resnet_fast.conv_stem.default
+    write = torch.ops.resnet_fast.conv_stem_.default
 
-    def conv_pool(x: Tensor) -> Tensor:
-        y: Tensor = op(x, packed, bias, *rest)
-        return y
+    def conv_pool(x: Tensor, residual: Tensor | None, into: Tensor | None) -> Tensor:
+        if into is None:
+            result: Tensor = new(x, packed, bias, *rest)
+            return result
+        write(into, x, packed, bias, *rest)
+        return into
 
-    return conv_pool, STEM, ""
+    return Writes(conv_pool), STEM, ""
 
 
 def _packed(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:

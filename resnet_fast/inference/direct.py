@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from resnet_fast import _conv, env
-from resnet_fast.inference.fold import ConvSpec
+from resnet_fast.inference.fold import ConvSpec, Writes
 
 
 def suits(spec: ConvSpec, weight: Tensor) -> bool:
@@ -23,20 +21,19 @@ def suits(spec: ConvSpec, weight: Tensor) -> bool:
     )
 
 
-def make_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The function of (x) or (x, residual)."""
+def make_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Writes:
+    """The conv, for inputs of any size."""
     packed = _conv.pack(weight)
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     rest = (list(weight.shape[2:]), spec.stride, spec.padding, spec.dilation, spec.relu)
-    fresh = torch.ops.resnet_fast.conv_direct.default
-    onto = torch.ops.resnet_fast.conv_direct_.default
+    new = torch.ops.resnet_fast.conv_direct.default
+    write = torch.ops.resnet_fast.conv_direct_.default
 
-    def conv(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        result: Tensor = fresh(x, packed, bias, residual, *rest)
-        return result
+    def conv(x: Tensor, residual: Tensor | None, into: Tensor | None) -> Tensor:
+        if into is None:
+            result: Tensor = new(x, packed, bias, residual, *rest)
+            return result
+        write(into, x, packed, bias, residual is not None, *rest)
+        return into
 
-    def conv_onto(x: Tensor, residual: Tensor) -> Tensor:
-        onto(residual, x, packed, bias, *rest)
-        return residual
-
-    return conv_onto if spec.inplace else conv
+    return Writes(conv)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,21 @@ class ConvSpec:
         parts = ["conv", *["bn"] * len(self.norms)]
         parts += ["add (in place)" if self.inplace else "add"] * self.residual
         return " + ".join([*parts, *["relu"] * self.relu, *["max-pool"] * self.max_pool])
+
+
+@dataclass(frozen=True)
+class Writes:
+    """A conv that writes where it is told: function(x, residual or None, into or None).
+
+    into: memory for the result; it is the residual, or there is none. Without it the result is a
+    new tensor.
+    """
+
+    function: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+# Or a function of (x) or (x, residual); the spec says whether the residual is overwritten.
+Conv = Writes | Callable[..., Tensor]
 
 
 def folded(spec: ConvSpec, values: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from resnet_fast.inference import cpu
 from resnet_fast.inference.choose import MeasuredKernels
 from resnet_fast.inference.cuda import Cuda
-from resnet_fast.inference.fold import ConvSpec
+from resnet_fast.inference.fold import Conv, ConvSpec
 from resnet_fast.inference.plan import Plan
 from resnet_fast.inference.trace import NotTraceable
 
@@ -41,8 +41,8 @@ class Kernels(Protocol):
 
     def make_conv(
         self, spec: ConvSpec, values: Mapping[fx.Node, Any], dtype: torch.dtype
-    ) -> tuple[Callable[..., Tensor], Describe]:
-        """The function of (x) or (x, residual) of one conv, and what is to be said of it."""
+    ) -> tuple[Conv, Describe]:
+        """What computes one conv, and what is to be said of it."""
 
 
 class CpuKernels:
@@ -66,7 +66,7 @@ class CpuKernels:
 
     def make_conv(
         self, spec: ConvSpec, values: Mapping[fx.Node, Any], dtype: torch.dtype
-    ) -> tuple[Callable[..., Tensor], Describe]:
+    ) -> tuple[Conv, Describe]:
         function, how, why = cpu.make_conv(spec, values, dtype)
         return function, lambda: (how, why)
 
@@ -82,7 +82,7 @@ class NoKernels(CpuKernels):
 
     def make_conv(
         self, spec: ConvSpec, values: Mapping[fx.Node, Any], dtype: torch.dtype
-    ) -> tuple[Callable[..., Tensor], Describe]:
+    ) -> tuple[Conv, Describe]:
         raise NotTraceable(f"there are no fused convs for {self.device.type}")
 
 

@@ -15,6 +15,7 @@ from resnet_fast.inference.batches import cut, samplewise, whole
 from resnet_fast.inference.call import Call, Guard
 from resnet_fast.inference.capture import Recorder
 from resnet_fast.inference.cuda import CudaGraphs
+from resnet_fast.inference.fold import Conv
 from resnet_fast.inference.fuse import fuse, fused_conv, module_name
 from resnet_fast.inference.hooks import Caller, Point, hook_call, hooked_modules, make_call
 from resnet_fast.inference.kernels import kernels_for
@@ -154,7 +155,7 @@ class OptimizedModule(nn.Module):
         values = evaluate_constants(trace.graph, trace.known, state_of(trace, model))
         rows: list[Row | Callable[[], Row]] = []
 
-        def make_conv(spec: Any, constants: Any) -> Callable[..., Tensor]:
+        def make_conv(spec: Any, constants: Any) -> Conv:
             done = TRACING + (STEPS - TRACING) * len(rows) // convs
             say(done, STEPS, f"folding and packing {spec.name}")
             function, describe = self._kernels.make_conv(spec, constants, self.compute)
@@ -171,8 +172,10 @@ class OptimizedModule(nn.Module):
         calls, guard = self._hook_calls(trace, model)
         in_pieces = self._kernels.in_pieces and samplewise(trace)
         segments, known = cut(trace) if in_pieces else [whole(trace)], values | rest
-        functions = [compile_segment(segment, known, make_conv, calls) for segment in segments]
-        program = Program(functions, segments if in_pieces else None)
+        numbers: dict[Any, int] = {}
+        functions = [compile_segment(s, known, make_conv, numbers, calls) for s in segments]
+        batch = trace.shapes[0][0] if in_pieces and trace.shapes[0] else None
+        program = Program(functions, segments, numbers, batch)
         rows += [_hook_row(point) for point in trace.points]
         rows += [
             Row(module_name(n), str(n.target), "PyTorch", "")

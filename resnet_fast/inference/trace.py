@@ -165,6 +165,7 @@ _FRESH = {
     aten.mul.Tensor,
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
     aten.cat.default,
     aten.linear.default,
     aten.silu.default,

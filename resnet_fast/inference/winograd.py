@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resnet_fast import _conv
 from resnet_fast.inference import direct
-from resnet_fast.inference.fold import MAX_SIZES, ConvSpec
+from resnet_fast.inference.fold import MAX_SIZES, ConvSpec, Writes
 
 
 def suits(spec: ConvSpec, weight: Tensor) -> bool:
@@ -26,49 +26,44 @@ def suits(spec: ConvSpec, weight: Tensor) -> bool:
 
 
 def make_conv(
-    spec: ConvSpec,
-    weight: Tensor,
-    bias: Tensor | None,
-    otherwise: Callable[[], Callable[..., Tensor]],
-) -> Callable[..., Tensor]:
-    """The function of (x) or (x, residual); otherwise: makes the one for sizes that do not suit."""
-    packed = _Tiles(weight, spec, otherwise)
-    known, look_up, relu = packed.known.get, packed.look_up, spec.relu
+    spec: ConvSpec, weight: Tensor, bias: Tensor | None, otherwise: Callable[[], Writes]
+) -> Writes:
+    """The conv, for inputs of any size; otherwise: makes the one for sizes that do not suit."""
+    tiles = _Tiles(weight, spec, otherwise)
+    known, look_up, relu = tiles.known.get, tiles.look_up, spec.relu
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     padding = spec.padding
-    fresh = torch.ops.resnet_fast.conv_winograd.default
-    onto = torch.ops.resnet_fast.conv_winograd_.default
+    new = torch.ops.resnet_fast.conv_winograd.default
+    write = torch.ops.resnet_fast.conv_winograd_.default
 
-    def conv(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def conv(x: Tensor, residual: Tensor | None, into: Tensor | None) -> Tensor:
         tile, w, other = known(x.shape) or look_up(x.shape)
         if other is not None:
-            return other(x) if residual is None else other(x, residual)
-        result: Tensor = fresh(x, w, bias, residual, padding, tile, relu)
-        return result
+            return other.function(x, residual, into)
+        if into is None:
+            result: Tensor = new(x, w, bias, residual, padding, tile, relu)
+            return result
+        write(into, x, w, bias, residual is not None, padding, tile, relu)
+        return into
 
-    def conv_onto(x: Tensor, residual: Tensor) -> Tensor:
-        tile, w, other = known(x.shape) or look_up(x.shape)
-        if other is not None:
-            return other(x, residual)
-        onto(residual, x, w, bias, padding, tile, relu)
-        return residual
+    return Writes(conv)
 
-    return conv_onto if spec.inplace else conv
+
+# (tile, packed weights, None) or (0, None, the other conv).
+Choice = tuple[int, Tensor | None, Writes | None]
 
 
 class _Tiles:
-    """For every input size that came: (tile, packed weights, None) or (0, None, conv otherwise)."""
+    """The choice for every input size that came."""
 
-    def __init__(
-        self, weight: Tensor, spec: ConvSpec, otherwise: Callable[[], Callable[..., Tensor]]
-    ) -> None:
-        self.known: dict[torch.Size, tuple[int, Tensor | None, Callable[..., Tensor] | None]] = {}
+    def __init__(self, weight: Tensor, spec: ConvSpec, otherwise: Callable[[], Writes]) -> None:
+        self.known: dict[torch.Size, Choice] = {}
         self._weight, self._padding, self._otherwise = weight, spec.padding, otherwise
-        self._made: dict[int, tuple[int, Tensor | None, Callable[..., Tensor] | None]] = {}
+        self._made: dict[int, Choice] = {}
         self._lock = threading.Lock()
         self._pack = torch.ops.resnet_fast.conv_winograd_pack.default
 
-    def look_up(self, size: torch.Size) -> tuple[int, Tensor | None, Callable[..., Tensor] | None]:
+    def look_up(self, size: torch.Size) -> Choice:
         with self._lock:
             tile = _conv.choose_tile(size, self._padding)
             if tile not in self._made:

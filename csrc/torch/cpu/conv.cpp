@@ -86,9 +86,9 @@ void check_outputs(const char* name, const Tensor& t, const cpu::ConvParams& p) 
                   p.out_w, "); got ", shape_text(t));
 }
 
-void check_residual(const Tensor& residual, const cpu::ConvParams& p, const Tensor& x) {
-  check_device("residual", residual, x);
-  check_outputs("residual", residual, p);
+void check_outputs(const char* name, const Tensor& t, const cpu::ConvParams& p, const Tensor& x) {
+  check_device(name, t, x);
+  check_outputs(name, t, p);
 }
 
 bool is_rows(const Tensor& x) {
@@ -118,7 +118,7 @@ Tensor fresh(cpu::ConvParams& p, const Tensor& x, const Tensor& weight, const Te
              const OptionalTensor& residual, const Kernel& run) {
   OptionalTensor added;
   if (residual) {
-    check_residual(*residual, p, x);
+    check_outputs("residual", *residual, p, x);
     added = to_rows(*residual);
   }
   const Tensor rows = to_rows(x);
@@ -129,16 +129,31 @@ Tensor fresh(cpu::ConvParams& p, const Tensor& x, const Tensor& weight, const Te
   return y;
 }
 
-// The same, written over the residual.
+// The same, written to y, which also is the residual where its values are to be added.
 template <class Kernel>
-void onto(cpu::ConvParams& p, Tensor& residual, const Tensor& x, const Tensor& weight,
-          const Tensor& bias, const Kernel& run) {
-  check_residual(residual, p, x);
+void into(cpu::ConvParams& p, Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& bias,
+          bool add, const Kernel& run) {
+  check_outputs("y", y, p, x);
   if (p.n == 0) return;
-  const Tensor rows = to_rows(x), y = to_rows(residual);
-  set_pointers(p, rows, weight, bias, &y, y);
+  const Tensor rows = to_rows(x), out = to_rows(y);
+  set_pointers(p, rows, weight, bias, add ? &out : nullptr, out);
   run();
-  if (!is_rows(residual)) torch::stable::copy_(residual, y);
+  if (!is_rows(y)) torch::stable::copy_(y, out);
+}
+
+// With the outputs' sizes behind the stem's pooling.
+cpu::ConvParams pooled_sizes(cpu::ConvParams p, bool max_pool) {
+  if (max_pool) p.out_h = (p.out_h - 1) / 2 + 1, p.out_w = (p.out_w - 1) / 2 + 1;
+  return p;
+}
+
+void run_stem(cpu::ConvParams p, const Tensor& y, const Tensor& x, const Tensor& weight,
+              const Tensor& bias, bool max_pool) {
+  check_packed(weight, p, p.kernel_h * p.kernel_w);
+  if (p.n == 0) return;
+  const Tensor rows = to_rows(x);
+  set_pointers(p, rows, weight, bias, nullptr, y);
+  cpu::kernels().conv_stem(p, max_pool, torch_threads());
 }
 
 }  // namespace
@@ -150,10 +165,10 @@ Tensor conv_winograd(Tensor x, Tensor weight, Tensor bias, OptionalTensor residu
                [&] { cpu::kernels().conv_winograd(p, int(tile), torch_threads()); });
 }
 
-void conv_winograd_(Tensor residual, Tensor x, Tensor weight, Tensor bias, Pair padding,
+void conv_winograd_(Tensor y, Tensor x, Tensor weight, Tensor bias, bool add, Pair padding,
                     int64_t tile, bool relu) {
   cpu::ConvParams p = winograd_params(x, weight, bias, padding, tile, relu);
-  onto(p, residual, x, weight, bias,
+  into(p, y, x, weight, bias, add,
        [&] { cpu::kernels().conv_winograd(p, int(tile), torch_threads()); });
 }
 
@@ -210,24 +225,29 @@ Tensor conv_direct(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual
                [&] { cpu::kernels().conv_direct(p, torch_threads()); });
 }
 
-void conv_direct_(Tensor residual, Tensor x, Tensor weight, Tensor bias, Pair kernel, Pair stride,
-                  Pair padding, Pair dilation, bool relu) {
+void conv_direct_(Tensor y, Tensor x, Tensor weight, Tensor bias, bool add, Pair kernel,
+                  Pair stride, Pair padding, Pair dilation, bool relu) {
   cpu::ConvParams p = params_of(x, weight, bias, {kernel, stride, padding, dilation}, relu);
   check_packed(weight, p, p.kernel_h * p.kernel_w);
-  onto(p, residual, x, weight, bias, [&] { cpu::kernels().conv_direct(p, torch_threads()); });
+  into(p, y, x, weight, bias, add, [&] { cpu::kernels().conv_direct(p, torch_threads()); });
 }
 
 Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, Pair kernel, Pair stride, Pair padding,
                  bool relu, bool max_pool) {
-  cpu::ConvParams p = params_of(x, weight, bias, {kernel, stride, padding}, relu);
-  check_packed(weight, p, p.kernel_h * p.kernel_w);
-  x = to_rows(x);
-  const auto pooled = [&](int64_t size) { return max_pool ? (size - 1) / 2 + 1 : size; };
-  const Tensor y = new_rows(p.n, p.out_c, pooled(p.out_h), pooled(p.out_w), ScalarType::Float);
-  if (p.n == 0) return y;
-  set_pointers(p, x, weight, bias, nullptr, y);
-  cpu::kernels().conv_stem(p, max_pool, torch_threads());
+  const cpu::ConvParams p = params_of(x, weight, bias, {kernel, stride, padding}, relu);
+  const cpu::ConvParams pooled = pooled_sizes(p, max_pool);
+  const Tensor y = new_rows(p.n, p.out_c, pooled.out_h, pooled.out_w, ScalarType::Float);
+  run_stem(p, y, x, weight, bias, max_pool);
   return y;
+}
+
+void conv_stem_(Tensor y, Tensor x, Tensor weight, Tensor bias, Pair kernel, Pair stride,
+                Pair padding, bool relu, bool max_pool) {
+  const cpu::ConvParams p = params_of(x, weight, bias, {kernel, stride, padding}, relu);
+  check_outputs("y", y, pooled_sizes(p, max_pool), x);
+  const Tensor out = to_rows(y);
+  run_stem(p, out, x, weight, bias, max_pool);
+  if (!is_rows(y)) torch::stable::copy_(y, out);
 }
 
 }  // namespace resnet_fast

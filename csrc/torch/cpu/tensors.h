@@ -83,18 +83,21 @@ Tensor max_pool_backward(Tensor grad, Tensor place, int64_t height, int64_t widt
 // Convolutions of packed weights (resnet_fast/_conv.py), the CPU's alone.
 Tensor conv_winograd(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual,
                      std::vector<int64_t> padding, int64_t tile, bool relu);
-void conv_winograd_(Tensor residual, Tensor x, Tensor weight, Tensor bias,
+void conv_winograd_(Tensor y, Tensor x, Tensor weight, Tensor bias, bool add,
                     std::vector<int64_t> padding, int64_t tile, bool relu);
 Tensor conv_winograd_pack(Tensor weight, int64_t tile, bool transposed);
 Tensor conv_winograd_weight(Tensor grad, Tensor x, std::vector<int64_t> padding, int64_t tile);
 Tensor conv_direct(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual,
                    std::vector<int64_t> kernel, std::vector<int64_t> stride,
                    std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu);
-void conv_direct_(Tensor residual, Tensor x, Tensor weight, Tensor bias,
+void conv_direct_(Tensor y, Tensor x, Tensor weight, Tensor bias, bool add,
                   std::vector<int64_t> kernel, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu);
 Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> kernel,
                  std::vector<int64_t> stride, std::vector<int64_t> padding, bool relu,
                  bool max_pool);
+void conv_stem_(Tensor y, Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> kernel,
+                std::vector<int64_t> stride, std::vector<int64_t> padding, bool relu,
+                bool max_pool);
 
 }  // namespace resnet_fast

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,10 @@ SCHEMAS = (
     "conv_winograd_pack(Tensor weight, int tile, bool transposed) -> Tensor",
     # The gradient (C_out, C_in, 3, 3) of the filter.
     "conv_winograd_weight(Tensor grad, Tensor x, int[2] padding, int tile) -> Tensor",
+    # The convolutions above one after the other. steps: the numbers of a Step for each; memory:
+    # floats in which values lie.
+    "conv_sequence(Tensor(a!) memory, Tensor(b!) x, Tensor(c!) y, Tensor[] weights, Tensor[] biases,"
+    " int[] steps) -> ()",
     # Advises the system to back a dense tensor, which nobody has written to yet, by huge pages.
     "huge_pages(Tensor fresh) -> ()",
     # weight: what pack makes. bias: (C_out,), C_out a multiple of 16.
@@ -212,6 +216,76 @@ def conv_stem_(y: Tensor, *args: Any) -> None:
     y.copy_(conv_stem(*args))
 
 
+class Step(NamedTuple):
+    """A convolution of conv_sequence. kind: DIRECT, a stem or, 2 or 4, the tile of Winograd's.
+
+    source, target: where x and y lie in memory, in floats, or IN_X or IN_Y. sizes: of x, (N, C, H,
+    W). geometry: kernel, stride, padding and dilation, a pair each. add: to the values of y.
+    """
+
+    kind: int
+    source: int
+    target: int
+    sizes: Sequence[int]
+    geometry: Sequence[Sequence[int]]
+    add: bool
+    relu: bool
+
+    def numbers(self) -> list[int]:
+        pairs = [number for pair in self.geometry for number in pair]
+        where = (self.kind, self.source, self.target)
+        return [*where, *self.sizes, *pairs, int(self.add), int(self.relu)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Step:
+        kind, source, target, *rest = numbers
+        pairs = [rest[i : i + 2] for i in range(4, 12, 2)]
+        return cls(kind, source, target, rest[:4], pairs, bool(rest[12]), bool(rest[13]))
+
+    def out_size(self) -> list[int]:
+        """(H, W) of y."""
+        size = [
+            (self.sizes[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+            for kernel, stride, padding, dilation in [self.geometry]
+            for d in (0, 1)
+        ]
+        return [(s - 1) // 2 + 1 for s in size] if self.kind == POOLED_STEM else size
+
+
+DIRECT, STEM, POOLED_STEM = 0, 1, 3
+IN_X, IN_Y = -1, -2
+NUMBERS = 17  # of a Step
+
+
+def conv_sequence(
+    memory: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    steps: list[int],
+) -> None:
+    def place(at: int, shape: Sequence[int]) -> Tensor:
+        if at < 0:
+            return x if at == IN_X else y
+        n, c, h, w = shape
+        return memory[at : at + n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
+
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        step = Step.of(steps[i * NUMBERS : (i + 1) * NUMBERS])
+        kernel, stride, padding, dilation = map(list, step.geometry)
+        source = place(step.source, step.sizes)
+        target = place(step.target, (step.sizes[0], bias.numel(), *step.out_size()))
+        if step.kind == DIRECT:
+            rest = (kernel, stride, padding, dilation, step.relu)
+            conv_direct_(target, source, weight, bias, step.add, *rest)
+        elif step.kind in (STEM, POOLED_STEM):
+            pool = step.kind == POOLED_STEM
+            conv_stem_(target, source, weight, bias, kernel, stride, padding, step.relu, pool)
+        else:
+            conv_winograd_(target, source, weight, bias, step.add, padding, step.kind, step.relu)
+
+
 # ---- fakes ---------------------------------------------------------------------------------------
 def fake_winograd(
     x: Tensor,
@@ -283,6 +357,10 @@ def fake_stem(
 ) -> Tensor:
     size = _sizes(x, kernel, stride, padding, [1, 1])
     return _new(x, bias, [(s - 1) // 2 + 1 for s in size] if max_pool else size)
+
+
+def fake_sequence(memory: Tensor, *args: object) -> None:
+    return None
 
 
 def fake_stem_(y: Tensor, *args: object) -> None:

@@ -156,6 +156,7 @@ _PLAIN_AND_FAKE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "huge_pages": (_conv.huge_pages, _conv.huge_pages),
     "conv_direct": (_conv.conv_direct, _conv.fake_direct),
     "conv_direct_": (_conv.conv_direct_, _conv.fake_direct_),
+    "conv_sequence": (_conv.conv_sequence, _conv.fake_sequence),
     "conv_stem_": (_conv.conv_stem_, _conv.fake_stem_),
     "conv_stem": (_conv.conv_stem, _conv.fake_stem),
     "batch_norm_act_backward_": (_plain.batch_norm_act_backward_, _fake_batch_norm_act_backward_),

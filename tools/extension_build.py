@@ -59,6 +59,7 @@ TORCH_SOURCES = (
     "cpu/batch_norm_act",
     "cpu/batch_norm_phases",
     "cpu/conv",
+    "cpu/conv_sequence",
     "cpu/max_pool",
     "cpu/scaled_add_relu",
     "cpu/register",

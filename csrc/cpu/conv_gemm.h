@@ -58,7 +58,7 @@ struct Rows {
 
 // Memory that is read soon, fetched into the second cache a little at a time.
 struct Ahead {
-  const float *at, *end;
+  const float *at = nullptr, *end = nullptr;
   RF_INLINE void fetch() {
     if (at < end) {
       __builtin_prefetch(at, 0, 2);
@@ -209,10 +209,11 @@ void multiply_panel(const A& a, const Chunk& chunk, Range rows, const float* b, 
 
 // Rows of A times panels of B, of `columns` columns in all, a multiple of 16: out.fetch(row,
 // column) before a tile's row is computed, so that its lines are there when out(row, column, pack)
-// takes every 16 columns of it. end: of the weights that lie behind these and are wanted next.
+// takes every 16 columns of it. end: of the weights that lie behind these and are wanted next;
+// then: what is after that.
 template <class A, class Out>
 void gemm(const A& a, Range rows, const float* b, Range panels, int64_t columns, const float* end,
-          const Out& out) {
+          const Ahead& then, const Out& out) {
   const int64_t runs = minimum(maximum(kChunk / a.depth, 1), a.runs);
   const int64_t cuts = ceil_div(a.depth, kChunk), values = a.runs * a.depth;
   const int64_t at_once = maximum(kBlockFloats / (runs * ceil_div(a.depth, cuts)), 4 * kTileRows);
@@ -231,15 +232,22 @@ void gemm(const A& a, Range rows, const float* b, Range panels, int64_t columns,
           const Chunk chunk{run, last, part.first, part.size(), run + cut == 0,
                             last == a.runs && cut + 1 == cuts};
           const float* next = from + chunk.values() * kPanel;
-          // Later blocks find the weights in a cache.
-          const int64_t wanted = k == 0 ? minimum(kChunk * kPanel, end - next) : 0;
-          const Ahead ahead{next, next + maximum(wanted, 0)};
+          Ahead ahead;  // later blocks find the weights in a cache
+          if (next < end && k == 0) ahead = {next, next + minimum(kChunk * kPanel, end - next)};
+          if (next >= end && k + 1 == blocks) ahead = then;
           multiply_panel(a, chunk, block, from, at, sums.get(), ahead, out);
           from = next;
         }
       }
     }
   }
+}
+
+// Of the weights that the next convolution reads, what the part-th of `parts` threads reads first.
+inline Ahead next_weights(const ConvParams& p, int64_t part, int64_t parts) {
+  if (p.next == nullptr) return {};
+  const int64_t first = part * p.next_floats / parts;
+  return {p.next + first, p.next + first + minimum(kChunk * kPanel, p.next_floats - first)};
 }
 
 // What happens to a finished sum of products: + bias, + residual, ReLU, out.

@@ -29,11 +29,12 @@ template <class T>
 void multiply_points(const ConvParams& p, const Block& block, const Parallel& parallel) {
   const int64_t panels = ceil_div(p.out_c, kPanel), weights = panels * kPanel * p.in_c;
   parallel_for(parallel, T::kIn * T::kIn, 1, [&](int64_t begin, int64_t end) {
+    const Ahead then = next_weights(p, begin, T::kIn * T::kIn);
     for (int64_t point = begin; point < end; ++point) {
       float* out = block.products + point * block.product_stride;
       gemm(Rows{block.inputs + point * block.input_stride, padded_row(p.in_c), p.in_c},
            {0, block.tiles()}, p.weight + point * weights, {0, panels}, p.out_c,
-           p.weight + end * weights, ProductOut{out, p.out_c});
+           p.weight + end * weights, then, ProductOut{out, p.out_c});
     }
   });
 }

@@ -184,6 +184,8 @@ struct ConvParams {
   float* y;               // (n, out_h, out_w, out_c)
   int64_t n, in_h, in_w, in_c;
   int64_t out_h, out_w, out_c;
+  const float* next;  // weights that are read next, or null
+  int64_t next_floats;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   bool relu;
 };

@@ -1,12 +1,59 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include "conv.h"
+
 #include <torch/csrc/stable/ops.h>
 
-#include "tensors.h"
-
 namespace resnet_fast {
-namespace {
 
-using Pair = std::vector<int64_t>;
+void set_sliding(cpu::ConvParams& p, const Sliding& g) {
+  for (const Pair* pair : {&g.kernel, &g.stride, &g.padding, &g.dilation}) {
+    STD_TORCH_CHECK(pair->size() == 2, "kernel, stride, padding and dilation must be pairs");
+  }
+  const int64_t in[] = {p.in_h, p.in_w};
+  int64_t out[2];
+  for (int d = 0; d < 2; ++d) {
+    STD_TORCH_CHECK(
+        g.kernel[d] > 0 && g.stride[d] > 0 && g.dilation[d] > 0 && g.padding[d] >= 0,
+        "kernel, stride and dilation must be positive, padding not negative");
+    const int64_t room = in[d] + 2 * g.padding[d] - g.dilation[d] * (g.kernel[d] - 1) - 1;
+    STD_TORCH_CHECK(room >= 0, "x of ", in[0], " x ", in[1], " is smaller than the kernel");
+    out[d] = room / g.stride[d] + 1;
+  }
+  p.kernel_h = g.kernel[0], p.kernel_w = g.kernel[1];
+  p.stride_h = g.stride[0], p.stride_w = g.stride[1];
+  p.pad_h = g.padding[0], p.pad_w = g.padding[1];
+  p.dilation_h = g.dilation[0], p.dilation_w = g.dilation[1];
+  p.out_h = out[0], p.out_w = out[1];
+}
+
+cpu::ConvParams pooled_sizes(cpu::ConvParams p, bool max_pool) {
+  if (max_pool) p.out_h = (p.out_h - 1) / 2 + 1, p.out_w = (p.out_w - 1) / 2 + 1;
+  return p;
+}
+
+void check_packed(const Tensor& weight, const cpu::ConvParams& p, int64_t taps) {
+  const int64_t numel = taps * p.in_c * ((p.out_c + 63) / 64 * 64);
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == numel,
+                  "weight must be packed for this convolution, ", numel, " values; got ",
+                  shape_text(weight));
+}
+
+bool is_rows(const Tensor& x) {
+  int64_t stride = 1;
+  for (int d : {1, 3, 2, 0}) {
+    if (x.size(d) != 1 && x.stride(d) != stride) return false;
+    stride *= x.size(d);
+  }
+  return true;
+}
+
+Tensor to_rows(const Tensor& x) {
+  if (is_rows(x)) return x;
+  Tensor rows = new_rows(x.size(0), x.size(1), x.size(2), x.size(3), ScalarType::Float);
+  return torch::stable::copy_(rows, x);
+}
+
+namespace {
 
 void check_floats(const char* name, const Tensor& t) {
   check_cpu(name, t);
@@ -14,31 +61,11 @@ void check_floats(const char* name, const Tensor& t) {
                   " must be float32 of 4 dimensions (N, C, H, W); got ", shape_text(t));
 }
 
-// How a kernel goes over a picture; each of two numbers, down and across.
-struct Sliding {
-  Pair kernel, stride, padding, dilation{1, 1};
-};
-
 // The sizes of a convolution of x, but for out_c.
 cpu::ConvParams sizes_of(const Tensor& x, const Sliding& g) {
-  for (const Pair* pair : {&g.kernel, &g.stride, &g.padding, &g.dilation}) {
-    STD_TORCH_CHECK(pair->size() == 2, "kernel, stride, padding and dilation must be pairs");
-  }
-  for (int d = 0; d < 2; ++d) {
-    STD_TORCH_CHECK(
-        g.kernel[d] > 0 && g.stride[d] > 0 && g.dilation[d] > 0 && g.padding[d] >= 0,
-        "kernel, stride and dilation must be positive, padding not negative");
-    STD_TORCH_CHECK(x.size(d + 2) + 2 * g.padding[d] > g.dilation[d] * (g.kernel[d] - 1), "x of ",
-                    shape_text(x), " is smaller than the kernel");
-  }
   cpu::ConvParams p{};
   p.n = x.size(0), p.in_c = x.size(1), p.in_h = x.size(2), p.in_w = x.size(3);
-  p.kernel_h = g.kernel[0], p.kernel_w = g.kernel[1];
-  p.stride_h = g.stride[0], p.stride_w = g.stride[1];
-  p.pad_h = g.padding[0], p.pad_w = g.padding[1];
-  p.dilation_h = g.dilation[0], p.dilation_w = g.dilation[1];
-  p.out_h = (p.in_h + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
-  p.out_w = (p.in_w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  set_sliding(p, g);
   return p;
 }
 
@@ -61,14 +88,6 @@ cpu::ConvParams params_of(const Tensor& x, const Tensor& weight, const Tensor& b
   return p;
 }
 
-// taps: how many matrices of (C_in, C_out) the packed weights hold.
-void check_packed(const Tensor& weight, const cpu::ConvParams& p, int64_t taps) {
-  const int64_t numel = taps * p.in_c * ((p.out_c + 63) / 64 * 64);
-  STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == numel,
-                  "weight must be packed for this convolution, ", numel, " values; got ",
-                  shape_text(weight));
-}
-
 cpu::ConvParams winograd_params(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                 const Pair& padding, int64_t tile, bool relu) {
   STD_TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4; got ", tile);
@@ -89,17 +108,6 @@ void check_outputs(const char* name, const Tensor& t, const cpu::ConvParams& p) 
 void check_outputs(const char* name, const Tensor& t, const cpu::ConvParams& p, const Tensor& x) {
   check_device(name, t, x);
   check_outputs(name, t, p);
-}
-
-bool is_rows(const Tensor& x) {
-  return x.stride(1) == 1 && x.stride(3) == x.size(1) && x.stride(2) == x.size(1) * x.size(3) &&
-         x.stride(0) == x.size(1) * x.size(2) * x.size(3);
-}
-
-Tensor to_rows(const Tensor& x) {
-  if (is_rows(x)) return x;
-  Tensor rows = new_rows(x.size(0), x.size(1), x.size(2), x.size(3), ScalarType::Float);
-  return torch::stable::copy_(rows, x);
 }
 
 // Pointers filled in; x and the residual must be rows and outlive the call.
@@ -139,12 +147,6 @@ void into(cpu::ConvParams& p, Tensor& y, const Tensor& x, const Tensor& weight, 
   set_pointers(p, rows, weight, bias, add ? &out : nullptr, out);
   run();
   if (!is_rows(y)) torch::stable::copy_(y, out);
-}
-
-// With the outputs' sizes behind the stem's pooling.
-cpu::ConvParams pooled_sizes(cpu::ConvParams p, bool max_pool) {
-  if (max_pool) p.out_h = (p.out_h - 1) / 2 + 1, p.out_w = (p.out_w - 1) / 2 + 1;
-  return p;
 }
 
 void run_stem(cpu::ConvParams p, const Tensor& y, const Tensor& x, const Tensor& weight,

@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("huge_pages", TORCH_BOX(&resnet_fast::huge_pages));
   m.impl("conv_direct", TORCH_BOX(&resnet_fast::conv_direct));
   m.impl("conv_direct_", TORCH_BOX(&resnet_fast::conv_direct_));
+  m.impl("conv_sequence", TORCH_BOX(&resnet_fast::conv_sequence));
   m.impl("conv_stem_", TORCH_BOX(&resnet_fast::conv_stem_));
   m.impl("conv_stem", TORCH_BOX(&resnet_fast::conv_stem));
   m.impl("batch_norm_statistics", TORCH_BOX(&resnet_fast::batch_norm_statistics));

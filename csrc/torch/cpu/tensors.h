@@ -93,6 +93,8 @@ Tensor conv_direct(Tensor x, Tensor weight, Tensor bias, OptionalTensor residual
 void conv_direct_(Tensor y, Tensor x, Tensor weight, Tensor bias, bool add,
                   std::vector<int64_t> kernel, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu);
+void conv_sequence(Tensor memory, Tensor x, Tensor y, std::vector<Tensor> weights,
+                   std::vector<Tensor> biases, std::vector<int64_t> steps);
 Tensor conv_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> kernel,
                  std::vector<int64_t> stride, std::vector<int64_t> padding, bool relu,
                  bool max_pool);

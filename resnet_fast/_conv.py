@@ -87,7 +87,10 @@ def filter_transform(tile: int) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """weight (C_out, C_in, kH, kW) as conv_direct and conv_stem want it: (panels, kH kW C_in, 64), float32."""
+    """weight (C_out, C_in, kH, kW) as conv_direct and conv_stem want it, float32.
+
+    (panels, kH kW C_in, 64).
+    """
     return _panels(weight.permute(2, 3, 1, 0).reshape(1, -1, len(weight)))[0]
 
 

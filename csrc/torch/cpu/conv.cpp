@@ -25,9 +25,8 @@ cpu::ConvParams sizes_of(const Tensor& x, const Sliding& g) {
     STD_TORCH_CHECK(pair->size() == 2, "kernel, stride, padding and dilation must be pairs");
   }
   for (int d = 0; d < 2; ++d) {
-    STD_TORCH_CHECK(
-        g.kernel[d] > 0 && g.stride[d] > 0 && g.dilation[d] > 0 && g.padding[d] >= 0,
-        "kernel, stride and dilation must be positive, padding not negative");
+    STD_TORCH_CHECK(g.kernel[d] > 0 && g.stride[d] > 0 && g.dilation[d] > 0 && g.padding[d] >= 0,
+                    "kernel, stride and dilation must be positive, padding not negative");
     STD_TORCH_CHECK(x.size(d + 2) + 2 * g.padding[d] > g.dilation[d] * (g.kernel[d] - 1), "x of ",
                     shape_text(x), " is smaller than the kernel");
   }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,6 @@ SCHEMAS = (
     "conv_winograd_pack(Tensor weight, int tile, bool transposed) -> Tensor",
     # The gradient (C_out, C_in, 3, 3) of the filter.
     "conv_winograd_weight(Tensor grad, Tensor x, int[2] padding, int tile) -> Tensor",
-    # The convolutions above one after the other. steps: the numbers of a Step for each; memory:
-    # floats in which values lie.
-    "conv_sequence(Tensor(a!) memory, Tensor(b!) x, Tensor(c!) y, Tensor[] weights, Tensor[] biases,"
-    " int[] steps) -> ()",
     # Advises the system to back a dense tensor, which nobody has written to yet, by huge pages.
     "huge_pages(Tensor fresh) -> ()",
     # weight: what pack makes. bias: (C_out,), C_out a multiple of 16.
@@ -93,8 +89,25 @@ def filter_transform(tile: int) -> Tensor:
     return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
 
 
+def out_sizes(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """(H, W) of a convolution's outputs, from that of its inputs."""
+    return [
+        (sizes[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    ]
+
+
 def pack(weight: Tensor) -> Tensor:
-    """weight (C_out, C_in, kH, kW) as conv_direct and conv_stem want it: (panels, kH kW C_in, 64), float32."""
+    """weight (C_out, C_in, kH, kW) as conv_direct and conv_stem want it, float32.
+
+    (panels, kH kW C_in, 64).
+    """
     return _panels(weight.permute(2, 3, 1, 0).reshape(1, -1, len(weight)))[0]
 
 
@@ -190,9 +203,7 @@ def conv_direct(
     return as_rows(y.relu() if relu else y)
 
 
-def conv_direct_(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, add: bool, *rest: Any
-) -> None:
+def conv_direct_(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, add: bool, *rest: Any) -> None:
     y.copy_(conv_direct(x, weight, bias, y if add else None, *rest))
 
 
@@ -214,76 +225,6 @@ def conv_stem(
 
 def conv_stem_(y: Tensor, *args: Any) -> None:
     y.copy_(conv_stem(*args))
-
-
-class Step(NamedTuple):
-    """A convolution of conv_sequence. kind: DIRECT, a stem or, 2 or 4, the tile of Winograd's.
-
-    source, target: where x and y lie in memory, in floats, or IN_X or IN_Y. sizes: of x, (N, C, H,
-    W). geometry: kernel, stride, padding and dilation, a pair each. add: to the values of y.
-    """
-
-    kind: int
-    source: int
-    target: int
-    sizes: Sequence[int]
-    geometry: Sequence[Sequence[int]]
-    add: bool
-    relu: bool
-
-    def numbers(self) -> list[int]:
-        pairs = [number for pair in self.geometry for number in pair]
-        where = (self.kind, self.source, self.target)
-        return [*where, *self.sizes, *pairs, int(self.add), int(self.relu)]
-
-    @classmethod
-    def of(cls, numbers: Sequence[int]) -> Step:
-        kind, source, target, *rest = numbers
-        pairs = [rest[i : i + 2] for i in range(4, 12, 2)]
-        return cls(kind, source, target, rest[:4], pairs, bool(rest[12]), bool(rest[13]))
-
-    def out_size(self) -> list[int]:
-        """(H, W) of y."""
-        size = [
-            (self.sizes[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
-            for kernel, stride, padding, dilation in [self.geometry]
-            for d in (0, 1)
-        ]
-        return [(s - 1) // 2 + 1 for s in size] if self.kind == POOLED_STEM else size
-
-
-DIRECT, STEM, POOLED_STEM = 0, 1, 3
-IN_X, IN_Y = -1, -2
-NUMBERS = 17  # of a Step
-
-
-def conv_sequence(
-    memory: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    steps: list[int],
-) -> None:
-    def place(at: int, shape: Sequence[int]) -> Tensor:
-        if at < 0:
-            return x if at == IN_X else y
-        n, c, h, w = shape
-        return memory[at : at + n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
-
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        step = Step.of(steps[i * NUMBERS : (i + 1) * NUMBERS])
-        kernel, stride, padding, dilation = map(list, step.geometry)
-        source = place(step.source, step.sizes)
-        target = place(step.target, (step.sizes[0], bias.numel(), *step.out_size()))
-        if step.kind == DIRECT:
-            rest = (kernel, stride, padding, dilation, step.relu)
-            conv_direct_(target, source, weight, bias, step.add, *rest)
-        elif step.kind in (STEM, POOLED_STEM):
-            pool = step.kind == POOLED_STEM
-            conv_stem_(target, source, weight, bias, kernel, stride, padding, step.relu, pool)
-        else:
-            conv_winograd_(target, source, weight, bias, step.add, padding, step.kind, step.relu)
 
 
 # ---- fakes ---------------------------------------------------------------------------------------
@@ -359,10 +300,6 @@ def fake_stem(
     return _new(x, bias, [(s - 1) // 2 + 1 for s in size] if max_pool else size)
 
 
-def fake_sequence(memory: Tensor, *args: object) -> None:
-    return None
-
-
 def fake_stem_(y: Tensor, *args: object) -> None:
     return None
 
@@ -371,10 +308,7 @@ def _sizes(
     x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[int]:
     torch._check(x.dim() == 4, lambda: f"x must have 4 dimensions; got {tuple(x.shape)}")
-    return [
-        (x.size(d + 2) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    ]
+    return out_sizes(x.shape[2:], kernel, stride, padding, dilation)
 
 
 def _new(x: Tensor, bias: Tensor, size: list[int]) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast import _conv, _max_pool, _phases, _plain, _scale
+from resnet_fast import _conv, _conv_sequence, _max_pool, _phases, _plain, _scale
 from resnet_fast.layout import accumulate_dtype, mask_bytes, new_like, to_layout
 
 library = torch.library.Library("resnet_fast", "DEF")
@@ -40,6 +40,7 @@ SCHEMAS = (
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     *_phases.SCHEMAS,
     *_conv.SCHEMAS,
+    *_conv_sequence.SCHEMAS,
     *_scale.SCHEMAS,
     *_max_pool.SCHEMAS,
 )
@@ -156,7 +157,7 @@ _PLAIN_AND_FAKE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "huge_pages": (_conv.huge_pages, _conv.huge_pages),
     "conv_direct": (_conv.conv_direct, _conv.fake_direct),
     "conv_direct_": (_conv.conv_direct_, _conv.fake_direct_),
-    "conv_sequence": (_conv.conv_sequence, _conv.fake_sequence),
+    "conv_sequence": (_conv_sequence.conv_sequence, _conv_sequence.fake_sequence),
     "conv_stem_": (_conv.conv_stem_, _conv.fake_stem_),
     "conv_stem": (_conv.conv_stem, _conv.fake_stem),
     "batch_norm_act_backward_": (_plain.batch_norm_act_backward_, _fake_batch_norm_act_backward_),

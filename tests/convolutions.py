@@ -42,14 +42,14 @@ class Conv:
     def make(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """(x channels-last, weight, grad)."""
         c_in, c_out = self.channels
-        kernel = _pair(self.kernel)
+        kernel = pair(self.kernel)
         x = layouts.channels_last(torch.randn(self.n, c_in, *self.size) + 0.25).to(dtype)
         weight = (torch.randn(c_out, c_in // self.groups, *kernel) / 8).to(dtype)
         y = F.conv2d(x.float(), weight.float(), None, *self.arguments())
         return x, weight, torch.randn_like(y).to(dtype)
 
 
-def _pair(value: int | Pair) -> Pair:
+def pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else value
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -27,6 +28,19 @@ def lively(model: Any, seed: int = 3) -> Any:
                     module.weight.uniform_(0.5, 1.2, generator=generator)
                     module.bias.normal_(0, 0.1, generator=generator)
     return model
+
+
+class Net(nn.Module):
+    """Convs and what stands between them, for single cases of fusing."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.call = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self, x)
 
 
 def image(*shape: int, seed: int = 1) -> Tensor:

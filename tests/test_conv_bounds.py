@@ -17,7 +17,13 @@ import extension_build  # noqa: E402
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
-KERNELS = ("conv_winograd", "conv_winograd_pack", "conv_winograd_weight", "conv_stem")
+KERNELS = (
+    "conv_winograd",
+    "conv_winograd_pack",
+    "conv_winograd_weight",
+    "conv_direct",
+    "conv_stem",
+)
 
 
 @pytest.mark.slow  # half a minute of compiling each

@@ -6,17 +6,16 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 import winograd
+from packed_convs import OPS, check, check_bits, check_refusals, rows
 from torch import Tensor
 
 import resnet_fast as rf
 from resnet_fast import _conv
 
-OPS = torch.ops.resnet_fast
 # (N, C_in, C_out, H, W): tiles that hang over, half panels, more tiles than one block, one pixel
 SHAPES = [
     (2, 64, 64, 14, 14),
@@ -38,15 +37,6 @@ STEMS = [
 pytestmark = pytest.mark.skipif(not rf.is_available(), reason=str(rf.why_unavailable()))
 
 
-def rows(*shape: int) -> Tensor:
-    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
-
-
-def finished(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    y = y if residual is None else y + residual.to(y.dtype)
-    return y.relu() if relu else y
-
-
 def check_winograd(
     shape: tuple[int, ...], tile: int, padding: int, how: tuple[bool, bool], ops: Any = OPS
 ) -> None:
@@ -59,15 +49,12 @@ def check_winograd(
     args = (x, packed, bias, residual, [padding, padding], tile, relu)
     ours = ops.conv_winograd(*args)
 
-    def plain(dtype: torch.dtype) -> Tensor:
-        y = F.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), padding=padding)
-        return finished(y, residual, relu)
+    def conv(dtype: torch.dtype) -> Tensor:
+        return F.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), padding=padding)
 
     magnitude = winograd.convolve(x, weight, tile, padding, magnitude=True)
     magnitude = magnitude + bias.abs().double().view(-1, 1, 1)
-    exact = plain(torch.float64)
-    oracle.check("y", ours, plain(torch.float32), exact, magnitude=magnitude, channel=1)
-    assert ours.stride() == torch.empty(size).to(memory_format=torch.channels_last).stride()
+    check(ours, conv, magnitude, residual, relu)
     if residual is not None:
         onto = residual.clone(memory_format=torch.preserve_format)
         ops.conv_winograd_(onto, x, packed, bias, True, [padding, padding], tile, relu)
@@ -123,13 +110,11 @@ def test_stem(instruction_set: str, shape: tuple[int, ...], relu: bool) -> None:
     x, _, bias, _, stride, padding, *_ = args
     ours = OPS.conv_stem(*args)
 
-    def plain(dtype: torch.dtype) -> Tensor:
-        y = F.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), stride, padding)
-        return finished(y, None, relu)
+    def conv(dtype: torch.dtype) -> Tensor:
+        return F.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), stride, padding)
 
     terms = F.conv2d(x.double().abs(), weight.double().abs(), bias.double().abs(), stride, padding)
-    eager, exact = plain(torch.float32), plain(torch.float64)
-    oracle.check("y", ours, eager, exact, magnitude=terms, channel=1)
+    check(ours, conv, terms, None, relu)
     pooled = OPS.conv_stem(*args[:-1], True)
     assert torch.equal(pooled, F.max_pool2d(ours, 3, 2, 1))
 
@@ -154,13 +139,8 @@ def test_threads_and_layouts_do_not_change_a_bit(two_threads: None) -> None:
         x, residual = rows(2, 64, size, size), rows(2, 64, size, size)
         packed = _conv.pack_winograd(weight, tile)
         calls.append((OPS.conv_winograd, (x, packed, bias, residual, [1, 1], tile, True)))
-    for op, (x, *rest) in calls:
-        two = op(x, *rest)
-        assert torch.equal(op(x.contiguous(), *rest), two)
-        assert torch.equal(op(x.repeat(1, 1, 1, 2)[..., : x.size(3)], *rest), two)
-        torch.set_num_threads(1)
-        assert torch.equal(op(x, *rest), two)
-        torch.set_num_threads(2)
+    for op, args in calls:
+        check_bits(op, *args)
 
 
 def test_residual_of_another_layout() -> None:
@@ -186,7 +166,9 @@ def test_opcheck() -> None:
     x, residual = rows(2, 16, 5, 6), rows(2, 32, 5, 6)
     for given in (residual, None):
         torch.library.opcheck(OPS.conv_winograd.default, (x, packed, bias, given, [1, 1], 4, True))
-    torch.library.opcheck(OPS.conv_winograd_.default, (residual, x, packed, bias, True, [1, 1], 4, True))
+    torch.library.opcheck(
+        OPS.conv_winograd_.default, (residual, x, packed, bias, True, [1, 1], 4, True)
+    )
     for pool in (False, True):
         torch.library.opcheck(OPS.conv_stem.default, stem(STEMS[1], True, pool)[1])
 
@@ -215,18 +197,15 @@ def test_bad_input() -> None:
         "tile": 2,
         "relu": True,
     }
-    wrong: list[tuple[str, Any, str]] = [
-        ("x", x.double(), "float32"),
-        ("x", x[0], "4 dimensions"),
-        ("x", rows(1, 8, 5, 5), "multiple of 16 channels; got 8"),
-        ("x", rows(1, 16, 1, 5), "smaller than the kernel"),
-        ("weight", packed[1:], "weight must be packed"),
-        ("bias", bias[:10], "multiple of 16 channels"),
-        ("residual", rows(1, 16, 5, 4), r"residual must be float32 of shape \(1, 16, 5, 5\)"),
-        ("padding", [-1, 1], "padding not negative"),
-        ("tile", 3, "tile must be 2 or 4; got 3"),
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"x": x.double()}, "float32"),
+        ({"x": x[0]}, "4 dimensions"),
+        ({"x": rows(1, 8, 5, 5)}, "multiple of 16 channels; got 8"),
+        ({"x": rows(1, 16, 1, 5), "padding": [0, 0]}, "smaller than the kernel"),
+        ({"weight": packed[1:]}, "weight must be packed"),
+        ({"bias": bias[:10]}, "multiple of 16 channels"),
+        ({"residual": rows(1, 16, 5, 4)}, r"residual must be float32 of shape \(1, 16, 5, 5\)"),
+        ({"padding": [-1, 1]}, "padding not negative"),
+        ({"tile": 3}, "tile must be 2 or 4; got 3"),
     ]
-    for name, value, message in wrong:
-        given = good | {name: value, **({"padding": [0, 0]} if "smaller" in message else {})}
-        with pytest.raises(RuntimeError, match=message):
-            OPS.conv_winograd(*given.values())
+    check_refusals(OPS.conv_winograd, good, wrong)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import shims
 import torch
-from inference_cases import agrees, eager, image, lively, table
-from torch import Tensor, nn
+from inference_cases import Net, agrees, eager, image, lively, table
+from torch import nn
 
 import resnet_fast as rf
 from resnet_fast import _conv
-from resnet_fast.inference import batches, cpu, winograd
+from resnet_fast.inference import batches, cpu, direct
 
 torchvision: Any = shims.torchvision_or_skip()
 from torchvision import models as tv  # noqa: E402
@@ -130,120 +130,138 @@ def test_input_is_not_written(fast18: nn.Module) -> None:
     assert torch.equal(x, X)
 
 
-class Net(nn.Module):
-    """Convs and what stands between them, for single cases of fusing."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.call = forward
-
-    def forward(self, x: Tensor) -> Any:
-        return self.call(self, x)
+def conv(cin: int, cout: int) -> nn.Conv2d:
+    return nn.Conv2d(cin, cout, 3, padding=1)
 
 
-def conv(cin: int = 3, cout: int = 8, **kw: Any) -> nn.Conv2d:
-    return nn.Conv2d(cin, cout, 3, padding=1, **kw)
-
-
-CASES: dict[str, tuple[Net, bool]] = {
-    "residual read again later": (
-        Net(
-            lambda m, x: (lambda y: torch.relu(m.b(y) + y) + y)(torch.relu(m.a(x))),
-            a=conv(),
-            b=conv(8, 8),
+def cases(c: int) -> dict[str, tuple[Net, bool]]:
+    """(network with convs of c channels, whether it can be traced)"""
+    return {
+        "residual read again later": (
+            Net(
+                lambda m, x: (lambda y: torch.relu(m.b(y) + y) + y)(torch.relu(m.a(x))),
+                a=conv(3, c),
+                b=conv(c, c),
+            ),
+            True,
         ),
-        True,
-    ),
-    "residual is an output": (
-        Net(lambda m, x: (lambda y: [y, m.b(y) + y])(m.a(x)), a=conv(), b=conv(8, 8)),
-        True,
-    ),
-    "residual is the input": (Net(lambda m, x: torch.relu(m.a(x) + x), a=conv(3, 3)), True),
-    "residual has a view": (
-        Net(
-            lambda m, x: (lambda y: (lambda v: m.b(y) + y + v)(y.view(y.shape)))(m.a(x)),
-            a=conv(),
-            b=conv(8, 8),
+        "residual is an output": (
+            Net(lambda m, x: (lambda y: [y, m.b(y) + y])(m.a(x)), a=conv(3, c), b=conv(c, c)),
+            True,
         ),
-        True,
-    ),
-    "residual is broadcast": (
-        Net(
-            lambda m, x: m.b(x) + m.a(x).mean((2, 3), keepdim=True),
-            a=conv(),
-            b=conv(),
+        "residual is the input": (Net(lambda m, x: torch.relu(m.a(x) + x), a=conv(3, 3)), True),
+        "residual has a view": (
+            Net(
+                lambda m, x: (lambda y: (lambda v: m.b(y) + y + v)(y.view(y.shape)))(m.a(x)),
+                a=conv(3, c),
+                b=conv(c, c),
+            ),
+            True,
         ),
-        True,
-    ),
-    "two users of a conv": (
-        Net(lambda m, x: (lambda y: m.n(y) + y)(m.a(x)), a=conv(), n=nn.BatchNorm2d(8)),
-        True,
-    ),
-    "conv added to itself": (Net(lambda m, x: (lambda y: y + y)(m.a(x)), a=conv()), True),
-    "relu before add": (
-        Net(lambda m, x: torch.relu(m.a(x)) + torch.relu(m.b(x)), a=conv(), b=conv()),
-        True,
-    ),
-    "alpha": (Net(lambda m, x: torch.add(m.a(x), m.b(x), alpha=2), a=conv(), b=conv()), True),
-    "norm after the sum": (
-        Net(lambda m, x: m.n(m.a(x) + m.b(x)), a=conv(), b=conv(), n=nn.BatchNorm2d(8)),
-        True,
-    ),
-    "two norms": (
-        Net(lambda m, x: m.m(m.n(m.a(x))), a=conv(), n=nn.BatchNorm2d(8), m=nn.BatchNorm2d(8)),
-        True,
-    ),
-    "norm shared by two convs": (
-        Net(lambda m, x: m.n(m.a(x)) + m.n(m.b(x)), a=conv(), b=conv(), n=nn.BatchNorm2d(8)),
-        True,
-    ),
-    "batch statistics": (
-        Net(
-            lambda m, x: m.n(m.a(x)),
-            a=conv(),
-            n=nn.BatchNorm2d(8, track_running_stats=False),
+        "residual is broadcast": (
+            Net(
+                lambda m, x: m.b(x) + m.a(x).mean((2, 3), keepdim=True),
+                a=conv(3, c),
+                b=conv(3, c),
+            ),
+            True,
         ),
-        True,
-    ),
-    "no affine": (Net(lambda m, x: m.n(m.a(x)), a=conv(), n=nn.BatchNorm2d(8, affine=False)), True),
-    "padding by name": (
-        Net(lambda m, x: m.n(m.a(x)), a=nn.Conv2d(3, 8, 3, padding="same"), n=nn.BatchNorm2d(8)),
-        True,
-    ),
-    "in place on a view": (
-        Net(lambda m, x: (lambda y: y + y[:, :2].relu_().sum())(m.a(x)), a=conv()),
-        True,
-    ),
-    "in place on the input": (Net(lambda m, x: m.a(x.clone().mul_(2)), a=conv()), True),
-    "mean over the batch": (
-        Net(lambda m, x: m.a(x) - m.a(x).mean(0, keepdim=True), a=conv()),
-        True,
-    ),
-    "size in the values": (Net(lambda m, x: m.a(x) * x.shape[0] / x.shape[2], a=conv()), True),
-    "conv without padding, dropout": (
-        Net(lambda m, x: m.d(m.a(x)).flatten(1), a=nn.Conv2d(3, 8, 3), d=nn.Dropout(0.5)),
-        True,
-    ),
-    "functional weight": (
-        Net(lambda m, x: nn.functional.conv2d(x, m.a.weight * 2, m.a.bias), a=conv()),
-        True,
-    ),
-    "weight from the input": (
-        Net(lambda m, x: nn.functional.conv2d(x, m.a.weight * x.mean()), a=conv()),
-        True,
-    ),
-    "dictionary": (Net(lambda m, x: {"out": m.a(x), "in": x}, a=conv()), True),
-    "branch on a value": (Net(lambda m, x: m.a(x) if x.sum() > 0 else -m.a(x), a=conv()), False),
-}
+        "two users of a conv": (
+            Net(lambda m, x: (lambda y: m.n(y) + y)(m.a(x)), a=conv(3, c), n=nn.BatchNorm2d(c)),
+            True,
+        ),
+        "conv added to itself": (Net(lambda m, x: (lambda y: y + y)(m.a(x)), a=conv(3, c)), True),
+        "relu before add": (
+            Net(lambda m, x: torch.relu(m.a(x)) + torch.relu(m.b(x)), a=conv(3, c), b=conv(3, c)),
+            True,
+        ),
+        "alpha": (
+            Net(lambda m, x: torch.add(m.a(x), m.b(x), alpha=2), a=conv(3, c), b=conv(3, c)),
+            True,
+        ),
+        "norm after the sum": (
+            Net(lambda m, x: m.n(m.a(x) + m.b(x)), a=conv(3, c), b=conv(3, c), n=nn.BatchNorm2d(c)),
+            True,
+        ),
+        "two norms": (
+            Net(
+                lambda m, x: m.m(m.n(m.a(x))),
+                a=conv(3, c),
+                n=nn.BatchNorm2d(c),
+                m=nn.BatchNorm2d(c),
+            ),
+            True,
+        ),
+        "norm shared by two convs": (
+            Net(
+                lambda m, x: m.n(m.a(x)) + m.n(m.b(x)),
+                a=conv(3, c),
+                b=conv(3, c),
+                n=nn.BatchNorm2d(c),
+            ),
+            True,
+        ),
+        "batch statistics": (
+            Net(
+                lambda m, x: m.n(m.a(x)),
+                a=conv(3, c),
+                n=nn.BatchNorm2d(c, track_running_stats=False),
+            ),
+            True,
+        ),
+        "no affine": (
+            Net(lambda m, x: m.n(m.a(x)), a=conv(3, c), n=nn.BatchNorm2d(c, affine=False)),
+            True,
+        ),
+        "padding by name": (
+            Net(
+                lambda m, x: m.n(m.a(x)), a=nn.Conv2d(3, c, 3, padding="same"), n=nn.BatchNorm2d(c)
+            ),
+            True,
+        ),
+        "in place on a view": (
+            Net(lambda m, x: (lambda y: y + y[:, :2].relu_().sum())(m.a(x)), a=conv(3, c)),
+            True,
+        ),
+        "in place on the input": (Net(lambda m, x: m.a(x.clone().mul_(2)), a=conv(3, c)), True),
+        "mean over the batch": (
+            Net(lambda m, x: m.a(x) - m.a(x).mean(0, keepdim=True), a=conv(3, c)),
+            True,
+        ),
+        "size in the values": (
+            Net(lambda m, x: m.a(x) * x.shape[0] / x.shape[2], a=conv(3, c)),
+            True,
+        ),
+        "conv without padding, dropout": (
+            Net(lambda m, x: m.d(m.a(x)).flatten(1), a=nn.Conv2d(3, c, 3), d=nn.Dropout(0.5)),
+            True,
+        ),
+        "functional weight": (
+            Net(lambda m, x: nn.functional.conv2d(x, m.a.weight * 2, m.a.bias), a=conv(3, c)),
+            True,
+        ),
+        "weight from the input": (
+            Net(lambda m, x: nn.functional.conv2d(x, m.a.weight * x.mean()), a=conv(3, c)),
+            True,
+        ),
+        "dictionary": (Net(lambda m, x: {"out": m.a(x), "in": x}, a=conv(3, c)), True),
+        "branch on a value": (
+            Net(lambda m, x: m.a(x) if x.sum() > 0 else -m.a(x), a=conv(3, c)),
+            False,
+        ),
+    }
 
 
-@pytest.mark.parametrize("name", CASES)
+# By oneDNN, and by our own kernels.
+CASES = {c: cases(c) for c in (8, 16)}
+
+
+@pytest.mark.parametrize("name", CASES[8])
 @pytest.mark.parametrize("limit", [batches.PIECE_BYTES, 1])
-def test_cases(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("channels", CASES)
+def test_cases(name: str, limit: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "PIECE_BYTES", limit)
-    net, traced = CASES[name]
+    net, traced = CASES[channels][name]
     lively(net)
     fast = rf.optimize_for_inference(net, X)
     for x in (X, image(5, 3, 16, 20, seed=4), image(5, 3, 16, 20, seed=5).mul(-1)):
@@ -277,11 +295,12 @@ def test_no_private_operators(resnet18: nn.Module, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cpu, "why_not_packed", lambda dtype: "this PyTorch has no such operator")
     fast = rf.optimize_for_inference(resnet18, X)
     agrees(fast, resnet18, X)
-    assert "no such operator" in str(rf.explain(fast))
-    assert cpu.PACKED not in {how for _, how in table(fast).values()}
-    monkeypatch.setattr(winograd, "is_plain", lambda spec, weight: False)
+    convs = {how for step, how in table(fast).values() if step.startswith("conv")}
+    assert convs == {cpu.POOLED_STEM, cpu.WINOGRAD, cpu.DIRECT}, "ours, which need none of them"
+    monkeypatch.setattr(direct, "suits", lambda spec, weight: False)
     fast = rf.optimize_for_inference(resnet18, X)
     agrees(fast, resnet18, X)
+    assert "no such operator" in str(rf.explain(fast))
     assert {row.implementation for row in rf.explain(fast).rows} == {cpu.PLAIN, "PyTorch"}
 
 
@@ -314,11 +333,11 @@ CONV_SIZES = {
 
 def test_the_stem_is_pooled_line_by_line(resnet18: nn.Module, fast18: nn.Module) -> None:
     """And not where the pooling is another one, or somebody else reads the stem."""
-    assert table(fast18)["conv1"] == ("conv + bn + relu + max-pool", cpu.STEM)
+    assert table(fast18)["conv1"] == ("conv + bn + relu + max-pool", cpu.POOLED_STEM)
     model = copy.deepcopy(resnet18)
     model.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
     fast = rf.optimize_for_inference(model, X)
-    assert cpu.STEM not in {how for _, how in table(fast).values()}
+    assert cpu.POOLED_STEM not in {how for _, how in table(fast).values()}
     agrees(fast, model, X)
     net = Net(lambda m, x: (m.p(y := m.a(x)), y), a=conv(3, 16), p=nn.MaxPool2d(3, 2, 1))
     fast = rf.optimize_for_inference(net, image(2, 3, 16, 16))
@@ -326,7 +345,9 @@ def test_the_stem_is_pooled_line_by_line(resnet18: nn.Module, fast18: nn.Module)
 
 
 def test_sizes_that_the_graph_depends_on() -> None:
-    net = Net(lambda m, x: m.a(x).flatten(1) @ m.w.weight, a=conv(), w=nn.Linear(4, 8 * 16 * 16))
+    net = Net(
+        lambda m, x: m.a(x).flatten(1) @ m.w.weight, a=conv(3, 8), w=nn.Linear(4, 8 * 16 * 16)
+    )
     fast = rf.optimize_for_inference(net, image(2, 3, 16, 16))
     agrees(fast, net, image(3, 3, 16, 16))
     with pytest.raises((ValueError, RuntimeError)):

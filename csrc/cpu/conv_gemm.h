@@ -178,7 +178,8 @@ struct Number {
 template <class Body>
 RF_INLINE void for_packs(int64_t columns, const Body& body) {
   int64_t c = 0;
-  for (; c + kTilePacks * kLanes <= columns; c += kTilePacks * kLanes) body(Number<kTilePacks>{}, c);
+  for (; c + kTilePacks * kLanes <= columns; c += kTilePacks * kLanes)
+    body(Number<kTilePacks>{}, c);
   if constexpr (kTilePacks > 2) {
     for (; c + 2 * kLanes <= columns; c += 2 * kLanes) body(Number<2>{}, c);
   }
@@ -214,6 +215,7 @@ void multiply_panel(const A& a, const Chunk& chunk, Range rows, const float* b, 
 template <class A, class Out>
 void gemm(const A& a, Range rows, const float* b, Range panels, int64_t columns, const float* end,
           const Ahead& then, const Out& out) {
+  if (rows.size() == 0) return;  // more threads than rows
   const int64_t runs = minimum(maximum(kChunk / a.depth, 1), a.runs);
   const int64_t cuts = ceil_div(a.depth, kChunk), values = a.runs * a.depth;
   const int64_t at_once = maximum(kBlockFloats / (runs * ceil_div(a.depth, cuts)), 4 * kTileRows);
@@ -229,8 +231,8 @@ void gemm(const A& a, Range rows, const float* b, Range panels, int64_t columns,
         for (int64_t cut = 0; cut < cuts; ++cut) {
           const Range part = Range{0, a.depth}.part(cut, cuts);
           const int64_t last = minimum(run + runs, a.runs);
-          const Chunk chunk{run, last, part.first, part.size(), run + cut == 0,
-                            last == a.runs && cut + 1 == cuts};
+          const bool begins = run + cut == 0, ends = last == a.runs && cut + 1 == cuts;
+          const Chunk chunk{run, last, part.first, part.size(), begins, ends};
           const float* next = from + chunk.values() * kPanel;
           Ahead ahead;  // later blocks find the weights in a cache
           if (next < end && k == 0) ahead = {next, next + minimum(kChunk * kPanel, end - next)};

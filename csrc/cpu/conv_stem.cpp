@@ -49,7 +49,8 @@ void compute_line(const ConvParams& p, const Padded& x, int64_t n, int64_t i, fl
   const ConvEpilogue epilogue{p.bias, nullptr, y, p.relu};
   const Rows rows{x.top(p, n, i), p.stride_w * p.in_c, p.kernel_w * p.in_c, p.kernel_h, x.width};
   const int64_t panels = ceil_div(p.out_c, kPanel);
-  gemm(rows, {0, p.out_w}, p.weight, {0, panels}, p.out_c, nullptr, {}, PixelsOut{epilogue, p.out_c});
+  gemm(rows, {0, p.out_w}, p.weight, {0, panels}, p.out_c, nullptr, {},
+       PixelsOut{epilogue, p.out_c});
 }
 
 // The larger, NaN where either is.

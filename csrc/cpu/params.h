@@ -174,8 +174,8 @@ struct MaxPoolGradParams {
 };
 
 // y = conv(x, w) + bias [+ residual] [relu] in float32, all channels-last, C_out a multiple of 16.
-// weight: panels of 32 output channels, zero-filled: [panel][k][32], k = (kh, kw, C_in) flat, or
-// for Winograd [point][panel][C_in][32]. bias: of every output channel.
+// weight: panels of 64 output channels, zero-filled: [panel][k][64], k = (kh, kw, C_in) flat, or
+// for Winograd [point][panel][C_in][64]. bias: of every output channel.
 struct ConvParams {
   const float* x;  // (n, in_h, in_w, in_c)
   const float* weight;

@@ -14,8 +14,8 @@ from resnet_fast.dispatch import logger
 from resnet_fast.inference.capture import GraphCache, Recorder
 from resnet_fast.inference.fold import MAX_SIZES
 from resnet_fast.inference.kernels import Kernels
-from resnet_fast.inference.memory import Plan
 from resnet_fast.inference.program import Program
+from resnet_fast.inference.schedule import Schedule
 from resnet_fast.inference.trace import Trace, check_shape
 from resnet_fast.inference.watch import Watch
 
@@ -39,7 +39,7 @@ class Call:
         # Not a method: the cache of graphs has it, and is to go as soon as nobody calls this.
         layout = kernels.memory_format(self._compute)
         self._ready = functools.partial(_ready, self._compute, layout)
-        self._seen: dict[Any, Plan] = {}
+        self._seen: dict[Any, Schedule] = {}
         self._out_spec = trace.out_spec
         self._single = trace.out_spec.is_leaf()
 
@@ -83,7 +83,7 @@ class Call:
             ]
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
 
-    def _admit(self, leaves: list[Any]) -> Plan:
+    def _admit(self, leaves: list[Any]) -> Schedule:
         """Check inputs of shapes not seen before; returns how they run."""
         if len(leaves) != len(self._trace.shapes):
             raise TypeError(f"expected {len(self._trace.shapes)} inputs; got {len(leaves)}")
@@ -93,7 +93,7 @@ class Call:
             self._check(x)
         sizes = check_shape(self._trace, leaves)
         batch = len(leaves[0]) if leaves and leaves[0].dim() else 1
-        return self._program.plan(sizes, batch)
+        return self._program.schedule(sizes, batch)
 
     def _check(self, x: Tensor) -> None:
         if x.device != self._kernels.device:

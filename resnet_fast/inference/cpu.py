@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from resnet_fast import _conv
+from resnet_fast import _conv, _conv_sequence
 from resnet_fast._conv_ways import has_instructions
 from resnet_fast.inference import direct, winograd
-from resnet_fast.inference.fold import MAX_SIZES, Conv, ConvSpec, Writes, folded
+from resnet_fast.inference.fold import MAX_SIZES, Conv, ConvSpec, Part, Writes, folded
 
 PACKED, PLAIN = "oneDNN, packed", "F.conv2d"
 WINOGRAD, DIRECT = "Winograd, or direct for small maps", "direct"
-STEM = "stem, pooled line by line"
-FAST = (PACKED, WINOGRAD, DIRECT, STEM)
+STEM, POOLED_STEM = "stem", "stem, pooled line by line"
+FAST = (PACKED, WINOGRAD, DIRECT, STEM, POOLED_STEM)
 FEW_CHANNELS = 8  # of a picture: more, and gathering its rows costs less than it saves
 
 
@@ -77,9 +77,9 @@ def make_conv(
     return _unpooled(spec, weight, bias)
 
 
-def _unpooled(
-    spec: ConvSpec, weight: Tensor, bias: Tensor | None
-) -> tuple[Conv, str, str]:
+def _unpooled(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> tuple[Conv, str, str]:
+    if _is_stem(spec, weight):
+        return _stem(spec, weight, bias), STEM, ""
     if winograd.suits(spec, weight):
         conv = winograd.make_conv(spec, weight, bias, lambda: direct.make_conv(spec, weight, bias))
         return conv, WINOGRAD, ""
@@ -100,29 +100,39 @@ def _of_library(
     return _plain(spec, weight, bias), PLAIN, why
 
 
-def _pooled(
-    spec: ConvSpec, weight: Tensor, bias: Tensor | None
-) -> tuple[Conv, str, str]:
+def _pooled(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> tuple[Conv, str, str]:
     """With the max-pooling: in one, where the input has few channels, or one after the other."""
-    dilated = list(spec.dilation) != [1, 1]
-    if weight.shape[1] > FEW_CHANNELS or not direct.suits(spec, weight) or dilated:
-        conv, how, why = _unpooled(spec, weight, bias)
-        run = (lambda x: conv.function(x, None, None)) if isinstance(conv, Writes) else conv
-        return lambda x: F.max_pool2d(run(x), 3, 2, 1), how, why
+    if _is_stem(spec, weight):
+        return _stem(spec, weight, bias), POOLED_STEM, ""
+    conv, how, why = _unpooled(spec, weight, bias)
+    run = (lambda x: conv.function(x, None, None)) if isinstance(conv, Writes) else conv
+    return lambda x: F.max_pool2d(run(x), 3, 2, 1), how, why
+
+
+def _is_stem(spec: ConvSpec, weight: Tensor) -> bool:
+    """Whether conv_stem computes it: few channels, nothing added."""
+    few = weight.shape[1] <= FEW_CHANNELS and list(spec.dilation) == [1, 1]
+    return few and not spec.residual and direct.suits(spec, weight)
+
+
+def _stem(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Writes:
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     packed = _conv.pack(weight)
-    rest = (list(weight.shape[2:]), spec.stride, spec.padding, spec.relu, True)
+    geometry = (list(weight.shape[2:]), spec.stride, spec.padding)
+    rest = (*geometry, spec.relu, spec.max_pool)
     new = torch.ops.resnet_fast.conv_stem.default
     write = torch.ops.resnet_fast.conv_stem_.default
 
-    def conv_pool(x: Tensor, residual: Tensor | None, into: Tensor | None) -> Tensor:
+    def conv(x: Tensor, residual: Tensor | None, into: Tensor | None) -> Tensor:
         if into is None:
             result: Tensor = new(x, packed, bias, *rest)
             return result
         write(into, x, packed, bias, *rest)
         return into
 
-    return Writes(conv_pool), STEM, ""
+    kind = _conv_sequence.POOLED_STEM if spec.max_pool else _conv_sequence.STEM
+    part = Part(kind, packed, bias, (*geometry, spec.dilation), spec.relu)
+    return Writes(conv, lambda size: part)
 
 
 def _packed(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -49,15 +49,26 @@ class ConvSpec:
         return " + ".join([*parts, *["relu"] * self.relu, *["max-pool"] * self.max_pool])
 
 
+class Part(NamedTuple):
+    """What a conv is in conv_sequence, see resnet_fast._conv_sequence.Step."""
+
+    kind: int
+    weight: Tensor
+    bias: Tensor
+    geometry: Sequence[Sequence[int]]
+    relu: bool
+
+
 @dataclass(frozen=True)
 class Writes:
     """A conv that writes where it is told: function(x, residual or None, into or None).
 
     into: memory for the result; it is the residual, or there is none. Without it the result is a
-    new tensor.
+    new tensor. part: of the size of x, what the conv is in a sequence.
     """
 
     function: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    part: Callable[[Sequence[int]], Part]
 
 
 # Or a function of (x) or (x, residual); the spec says whether the residual is overwritten.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from resnet_fast.inference import cpu
 from resnet_fast.inference.choose import MeasuredKernels

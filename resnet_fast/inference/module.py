@@ -15,7 +15,7 @@ from resnet_fast.inference.batches import cut, samplewise, whole
 from resnet_fast.inference.call import Call, Guard
 from resnet_fast.inference.capture import Recorder
 from resnet_fast.inference.cuda import CudaGraphs
-from resnet_fast.inference.fold import Conv
+from resnet_fast.inference.fold import Conv, Writes
 from resnet_fast.inference.fuse import fuse, fused_conv, module_name
 from resnet_fast.inference.hooks import Caller, Point, hook_call, hooked_modules, make_call
 from resnet_fast.inference.kernels import kernels_for
@@ -172,10 +172,10 @@ class OptimizedModule(nn.Module):
         calls, guard = self._hook_calls(trace, model)
         in_pieces = self._kernels.in_pieces and samplewise(trace)
         segments, known = cut(trace) if in_pieces else [whole(trace)], values | rest
-        numbers: dict[Any, int] = {}
-        functions = [compile_segment(s, known, make_conv, numbers, calls) for s in segments]
+        writing: dict[Any, Writes] = {}
+        functions = [compile_segment(s, known, make_conv, writing, calls) for s in segments]
         batch = trace.shapes[0][0] if in_pieces and trace.shapes[0] else None
-        program = Program(functions, segments, numbers, batch)
+        program = Program(functions, segments, writing, batch)
         rows += [_hook_row(point) for point in trace.points]
         rows += [
             Row(module_name(n), str(n.target), "PyTorch", "")

@@ -13,9 +13,8 @@ from resnet_fast.inference.batches import Level, Segment, levels, split
 from resnet_fast.inference.fold import Conv, ConvSpec, Writes
 from resnet_fast.inference.fuse import fused_conv
 from resnet_fast.inference.hooks import Caller, hook_call
-from resnet_fast.inference.memory import Block, Plan, Rooms
-
-
+from resnet_fast.inference.schedule import Block, Rooms, Schedule
+from resnet_fast.inference.sequence import Function
 
 # From (spec, its folded weight and bias in float64) to what computes the conv.
 ConvMaker = Callable[[ConvSpec, Mapping[fx.Node, Any]], Conv]
@@ -59,22 +58,17 @@ class Writer:
         self.lines.append(f"{self.names[node]} = {self.bind(function)}({', '.join(texts)})")
 
 
-# From the values that a segment takes, in a list that it empties (so that each is released after
-# its last use), and the memory that its convs are to write to, by their numbers, to what it gives.
-Function = Callable[[list[Any], Sequence[Tensor | None]], list[Any]]
-
-
 def compile_segment(
     segment: Segment,
     constants: Mapping[fx.Node, Any],
     make_conv: ConvMaker,
-    numbers: dict[fx.Node, int],
+    convs: dict[fx.Node, Writes],
     hook_calls: Sequence[Caller] = (),
 ) -> Function:
     """A segment as a function; what the last one gives are the graph's outputs.
 
-    numbers: is given one for each conv that writes where it is told. hook_calls: what each
-    hook_call calls, by its number.
+    convs: is given those that write where they are told; their order numbers them. hook_calls: what
+    each hook_call calls, by its number.
     """
     writer = Writer(constants)
     for number, node in enumerate(segment.takes):
@@ -86,7 +80,7 @@ def compile_segment(
             writer.lines.append(f"return {_outputs(writer, node)}")
             break
         if node.target is fused_conv:
-            _write_conv(writer, node, make_conv(cast(Any, node.args[2]), constants), numbers)
+            _write_conv(writer, node, make_conv(cast(Any, node.args[2]), constants), convs)
         elif node.target is hook_call:
             tensors, results, point, sources = cast(Any, node.args)
             args = [tensors, results, *sources]
@@ -102,50 +96,50 @@ def compile_segment(
     return run
 
 
-def _write_conv(
-    writer: Writer, node: fx.Node, conv: Conv, numbers: dict[fx.Node, int]
-) -> None:
+def _write_conv(writer: Writer, node: fx.Node, conv: Conv, convs: dict[fx.Node, Writes]) -> None:
     x, residual, spec = cast(Any, node.args[:3])
     if not isinstance(conv, Writes):
         writer.call(node, conv, [x] if residual is None else [x, residual], {})
         return
-    numbers[node] = len(numbers)
-    into = writer.argument(residual) if spec.inplace else f"room[{numbers[node]}]"
+    into = writer.argument(residual) if spec.inplace else f"room[{len(convs)}]"
+    convs[node] = conv
     writer.call(node, conv.function, [x, residual], {}, into)
 
 
 class Program:
     """The functions of all segments, one after the other.
 
-    segments: what the functions were made of. numbers: of the convs that write where they are told.
-    batch: the trace's symbol for the batch; None where no batch may run in pieces.
+    segments: what the functions were made of. convs: those that write where they are told. batch:
+    the trace's symbol for the batch; None where no batch may run in pieces.
     """
 
     def __init__(
         self,
         functions: Sequence[Function],
         segments: Sequence[Segment],
-        numbers: Mapping[fx.Node, int],
+        convs: Mapping[fx.Node, Writes],
         batch: Any = None,
     ) -> None:
-        self._functions, self._segments, self._numbers = functions, segments, numbers
+        self._functions, self._segments, self._convs = functions, segments, convs
         self._batch = batch
         self._blocks: list[Block] = []  # those that no call is using
 
     def __call__(self, *inputs: Tensor) -> list[Any]:
         """All at once, in memory of its own."""
-        rooms = [None] * len(self._numbers)
-        return self._through(list(inputs), 0, len(self._functions), rooms)
+        values: list[Any] = list(inputs)
+        for function in self._functions:
+            values = function(values, [None] * len(self._convs))
+        return values
 
-    def plan(self, sizes: Mapping[Any, int], batch: int) -> Plan:
-        """In which pieces a batch runs, and where its values lie. sizes: of the trace's symbols."""
+    def schedule(self, sizes: Mapping[Any, int], batch: int) -> Schedule:
+        """How a batch runs. sizes: of the trace's symbols."""
         if self._batch is None:
             found = [Level(batch, 0, len(self._functions))]
         else:
             found = levels(self._segments, sizes, batch)
-        return Plan(found, self._segments, self._numbers, sizes, self._batch)
+        return Schedule(found, self._segments, self._convs, sizes, self._batch)
 
-    def run(self, inputs: Sequence[Tensor], plan: Plan, ready: Ready) -> list[Any]:
+    def run(self, inputs: Sequence[Tensor], schedule: Schedule, ready: Ready) -> list[Any]:
         """What the program gives for a batch.
 
         inputs: each with the samples in front where there is more than one piece. ready: brings a
@@ -156,58 +150,45 @@ class Program:
         except IndexError:
             block = Block()
         try:
-            rooms = block.rooms(plan, len(self._numbers))
-            return self._level(inputs, plan, len(plan.levels) - 1, rooms, ready, None)
+            rooms = block.rooms(schedule, self._functions)
+            return _level(inputs, schedule.levels, rooms, ready, None)
         finally:
             self._blocks.append(block)
 
-    def _level(
-        self,
-        inputs: Sequence[Tensor],
-        plan: Plan,
-        at: int,
-        rooms: Rooms,
-        ready: Ready,
-        target: Tensor | None,
-    ) -> list[Any]:
-        """What a level gives; the levels before it run on each of its pieces.
 
-        target: memory for the one value that it gives, if that is not the program's result.
-        """
-        level = plan.levels[at]
-        batch = len(inputs[0]) if inputs and inputs[0].dim() else 1
-        start, gathered = 0, list[Any]()
-        for size in split(batch, level.piece):
-            part = inputs if size == batch else [x.narrow(0, start, size) for x in inputs]
-            if at:
-                below = rooms.boundary(at - 1, size)
-                values = self._level(part, plan, at - 1, rooms, ready, below)
-            else:
-                values = list(map(ready, part))
-            room, last = rooms.of(at, size)
-            slot = None if target is None else target.narrow(0, start, size)
-            if last is not None:
-                room[last] = slot
-            values = self._through(values, level.first, level.last, room)
-            if size == batch:
-                return values
-            if slot is not None:
-                if values[0].data_ptr() != slot.data_ptr():
-                    slot.copy_(values[0])
-            else:
-                gathered = gathered or [_room(value, batch) for value in values]
-                for whole, value in zip(gathered, values, strict=True):
-                    if isinstance(value, Tensor):
-                        whole.narrow(0, start, size).copy_(value)
-            start += size
-        return gathered if target is None else [target]
+def _level(
+    inputs: Sequence[Tensor],
+    levels: Sequence[Level],
+    rooms: Rooms,
+    ready: Ready,
+    target: Tensor | None,
+) -> list[Any]:
+    """What the last of the levels gives; those before it run on each of its pieces.
 
-    def _through(
-        self, values: list[Any], first: int, last: int, room: Sequence[Tensor | None]
-    ) -> list[Any]:
-        for function in self._functions[first:last]:
-            values = function(values, room)
-        return values
+    target: memory for the one value that it gives, if that is not the program's result.
+    """
+    at = len(levels) - 1
+    batch = len(inputs[0]) if inputs and inputs[0].dim() else 1
+    start, gathered = 0, list[Any]()
+    for size in split(batch, levels[at].piece):
+        part = inputs if size == batch else [x.narrow(0, start, size) for x in inputs]
+        if at:
+            values = _level(part, levels[:at], rooms, ready, rooms.boundary(at - 1, size))
+        else:
+            values = list(map(ready, part))
+        slot = None if target is None else target.narrow(0, start, size)
+        values = rooms.through(at, size, values, slot)
+        if size == batch:
+            return values
+        if slot is None:
+            gathered = gathered or [_room(value, batch) for value in values]
+            for whole, value in zip(gathered, values, strict=True):
+                if isinstance(value, Tensor):
+                    whole.narrow(0, start, size).copy_(value)
+        elif values[0].data_ptr() != slot.data_ptr():
+            slot.copy_(values[0])
+        start += size
+    return gathered if target is None else [target]
 
 
 def _room(part: Any, batch: int) -> Any:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from resnet_fast import _conv
 from resnet_fast.inference import direct
-from resnet_fast.inference.fold import MAX_SIZES, ConvSpec, Writes
+from resnet_fast.inference.fold import MAX_SIZES, ConvSpec, Part, Writes
 
 
 def suits(spec: ConvSpec, weight: Tensor) -> bool:
@@ -46,7 +46,14 @@ def make_conv(
         write(into, x, w, bias, residual is not None, padding, tile, relu)
         return into
 
-    return Writes(conv)
+    def part(size: Sequence[int]) -> Part:
+        tile, w, other = look_up(torch.Size(size))
+        if w is None:
+            assert other is not None
+            return other.part(size)
+        return Part(tile, w, bias, ([3, 3], spec.stride, padding, spec.dilation), relu)
+
+    return Writes(conv, part)
 
 
 # (tile, packed weights, None) or (0, None, the other conv).

@@ -18,16 +18,17 @@ void run(int64_t n, int64_t, void (*body)(int64_t, int64_t, void*), void* contex
 }
 
 struct Shape {
-  int64_t n, in_c, out_c, h, w, kernel, stride, padding;
+  int64_t n, in_c, out_c, h, w, kernel, stride, padding, dilation = 1;
 };
 
 ConvParams params(const Shape& s) {
   ConvParams p{};
   p.n = s.n, p.in_c = s.in_c, p.out_c = s.out_c, p.in_h = s.h, p.in_w = s.w;
   p.kernel_h = p.kernel_w = s.kernel, p.stride_h = p.stride_w = s.stride;
-  p.pad_h = p.pad_w = s.padding;
-  p.out_h = (s.h + 2 * s.padding - s.kernel) / s.stride + 1;
-  p.out_w = (s.w + 2 * s.padding - s.kernel) / s.stride + 1;
+  p.pad_h = p.pad_w = s.padding, p.dilation_h = p.dilation_w = s.dilation;
+  const int64_t reach = s.dilation * (s.kernel - 1) + 1;
+  p.out_h = (s.h + 2 * s.padding - reach) / s.stride + 1;
+  p.out_w = (s.w + 2 * s.padding - reach) / s.stride + 1;
   p.relu = true;
   return p;
 }
@@ -52,6 +53,14 @@ void winograd(const Shape& s, const Parallel& parallel) {
       call(p, (tile + 2) * (tile + 2), p.out_h, p.out_w, residual,
            [&](const ConvParams& full) { RF_ISA::conv_winograd(full, tile, parallel); });
     }
+  }
+}
+
+void direct(const Shape& s, const Parallel& parallel) {
+  const ConvParams p = params(s);
+  for (bool residual : {false, true}) {
+    call(p, s.kernel * s.kernel, p.out_h, p.out_w, residual,
+         [&](const ConvParams& full) { RF_ISA::conv_direct(full, parallel); });
   }
 }
 
@@ -113,6 +122,17 @@ int main() {
     winograd_pack(16, 16, parallel);
     winograd_pack(48, 80, parallel);
     winograd_pack(80, 37, parallel);
+    direct({2, 64, 80, 14, 13, 1, 1, 0}, parallel);
+    direct({1, 513, 16, 9, 11, 1, 1, 0}, parallel);
+    direct({2, 1101, 208, 5, 5, 1, 2, 0}, parallel);
+    direct({1, 16, 48, 7, 6, 1, 1, 2}, parallel);
+    direct({1, 2, 16, 1, 1, 1, 1, 0}, parallel);
+    direct({2, 64, 64, 28, 27, 3, 1, 1}, parallel);
+    direct({1, 33, 48, 9, 12, 3, 2, 1}, parallel);
+    direct({1, 16, 80, 3, 2, 3, 1, 5}, parallel);
+    direct({2, 32, 16, 11, 10, 3, 1, 4, 4}, parallel);
+    direct({1, 1030, 64, 3, 3, 3, 1, 0}, parallel);
+    direct({1, 24, 48, 15, 9, 7, 3, 3, 2}, parallel);
     stem({2, 3, 64, 37, 41, 7, 2, 3}, parallel);
     stem({1, 1, 48, 9, 12, 3, 1, 1}, parallel);
     stem({3, 4, 32, 8, 8, 5, 2, 0}, parallel);

@@ -12,9 +12,8 @@ void set_sliding(cpu::ConvParams& p, const Sliding& g) {
   const int64_t in[] = {p.in_h, p.in_w};
   int64_t out[2];
   for (int d = 0; d < 2; ++d) {
-    STD_TORCH_CHECK(
-        g.kernel[d] > 0 && g.stride[d] > 0 && g.dilation[d] > 0 && g.padding[d] >= 0,
-        "kernel, stride and dilation must be positive, padding not negative");
+    STD_TORCH_CHECK(g.kernel[d] > 0 && g.stride[d] > 0 && g.dilation[d] > 0 && g.padding[d] >= 0,
+                    "kernel, stride and dilation must be positive, padding not negative");
     const int64_t room = in[d] + 2 * g.padding[d] - g.dilation[d] * (g.kernel[d] - 1) - 1;
     STD_TORCH_CHECK(room >= 0, "x of ", in[0], " x ", in[1], " is smaller than the kernel");
     out[d] = room / g.stride[d] + 1;

@@ -6,7 +6,7 @@
 namespace resnet_fast {
 namespace {
 
-// Which kernel: 2 and 4 are Winograd's tiles. As in resnet_fast/_conv.py.
+// Which kernel: 2 and 4 are Winograd's tiles. As in resnet_fast/_conv_sequence.py.
 constexpr int64_t kDirect = 0, kStem = 1, kPooledStem = 3;
 // Where a value lies that is not in `memory`.
 constexpr int64_t kX = -1, kY = -2;
@@ -21,8 +21,7 @@ constexpr int64_t kNumbers = sizeof(Step) / sizeof(int64_t);
 
 class Sequence {
  public:
-  Sequence(const Tensor& memory, const Tensor& x, const Tensor& y)
-      : memory_(memory), x_(x), y_(y) {
+  Sequence(const Tensor& memory, const Tensor& x, const Tensor& y) : memory_(memory), x_(x), y_(y) {
     for (const Tensor* t : {&memory, &x, &y}) {
       check_cpu("memory, x and y", *t);
       STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, "memory, x and y must be float32");
@@ -65,10 +64,10 @@ class Sequence {
     STD_TORCH_CHECK(stem || tiles || s.kind == kDirect, "no such kind of step: ", s.kind);
     STD_TORCH_CHECK(!stem || (!s.add && p.dilation_h == 1 && p.dilation_w == 1),
                     "a stem adds nothing and has no dilation");
-    STD_TORCH_CHECK(!tiles || (p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 &&
-                               p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
-                               p.in_c % 16 == 0),
-                    "Winograd's tiles need 3x3, stride 1 and a multiple of 16 channels");
+    STD_TORCH_CHECK(
+        !tiles || (p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
+                   p.dilation_h == 1 && p.dilation_w == 1 && p.in_c % 16 == 0),
+        "Winograd's tiles need 3x3, stride 1 and a multiple of 16 channels");
   }
 
   float* place(int64_t at, int64_t numel) const {
@@ -107,7 +106,8 @@ void conv_sequence(Tensor memory, Tensor x, Tensor y, std::vector<Tensor> weight
   std::vector<cpu::ConvParams> params(count);
   for (size_t i = 0; i < count; ++i) params[i] = sequence.params(step[i], weights[i], biases[i]);
   for (size_t i = 0; i < count; ++i) {
-    if (i + 1 < count) params[i].next = params[i + 1].weight, params[i].next_floats = weights[i + 1].numel();
+    if (i + 1 < count)
+      params[i].next = params[i + 1].weight, params[i].next_floats = weights[i + 1].numel();
     run(step[i], params[i]);
   }
 }

@@ -69,7 +69,7 @@ def choose_tile(size: Sequence[int], padding: Sequence[int], fetch: int = FETCH)
         tiles = n * -(-height // tile) * -(-width // tile)
         return (tile + 2) ** 2 * (tiles + fetch)
 
-    best = 4 if cost(4) < 0.77 * cost(2) else 2
+    best = 4 if cost(4) < 0.85 * cost(2) else 2
     return best if cost(best) < 9 * (n * height * width + FETCH) else 0
 
 

@@ -75,27 +75,60 @@ struct Chunk {
   int64_t values() const { return (last - first) * depth; }
 };
 
+// The sums of a tile. Vectors of their own, not Packs: the compiler keeps structures of several
+// vectors in memory, where the product would take three times as long.
+template <int Height, int Packs>
+class Sums {
+ public:
+  static constexpr int kVectors = Pack<float>::kVectors, kWidth = Pack<float>::kWidth;
+  typedef Pack<float>::Vector Vector;
+
+  RF_INLINE Sums() {
+#pragma GCC unroll 6
+    for (int i = 0; i < Height; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Packs * kVectors; ++j) acc_[i][j] = Vector{};
+    }
+  }
+  // += values(i) * columns[...] for each row i.
+  template <class Values>
+  RF_INLINE void add_products(const float* columns, const Values& values) {
+    Vector b[Packs * kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Packs * kVectors; ++j) {
+      std::memcpy(&b[j], columns + j * kWidth, sizeof(Vector));
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < Height; ++i) {
+      const Vector value = values(i) - Vector{};
+#pragma GCC unroll 4
+      for (int j = 0; j < Packs * kVectors; ++j) acc_[i][j] = fma_vector(value, b[j], acc_[i][j]);
+    }
+  }
+  // Sixteen columns of a row.
+  RF_INLINE Pack<float> pack(int i, int j) const {
+    Pack<float> r;
+    for (int k = 0; k < kVectors; ++k) r.v[k] = acc_[i][j * kVectors + k];
+    return r;
+  }
+
+ private:
+  Vector acc_[Height][Packs * kVectors];
+};
+
 // acc += A[0..Height) * B, over the values [k, k + Steps) of each row.
 template <int Steps, int Height, int Packs>
 RF_INLINE void multiply_steps(const float* const (&rows)[Height], int64_t k, const float* b,
-                              Pack<float> (&acc)[Height][Packs]) {
+                              Sums<Height, Packs>& acc) {
 #pragma GCC unroll 4
   for (int step = 0; step < Steps; ++step) {
-    Pack<float> columns[Packs];
-#pragma GCC unroll 4
-    for (int j = 0; j < Packs; ++j) columns[j] = load(b + step * kPanel + j * kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < Height; ++i) {
-      const Pack<float> value = broadcast(rows[i][k + step]);
-#pragma GCC unroll 4
-      for (int j = 0; j < Packs; ++j) acc[i][j] = fma(value, columns[j], acc[i][j]);
-    }
+    acc.add_products(b + step * kPanel, [&](int i) RF_LAMBDA { return rows[i][k + step]; });
   }
 }
 
 template <int Height, int Packs>
 RF_INLINE void multiply(const float* const (&rows)[Height], int64_t depth, const float* b,
-                        Pack<float> (&acc)[Height][Packs], Ahead& ahead) {
+                        Sums<Height, Packs>& acc, Ahead& ahead) {
   int64_t k = 0;
   for (; k + 4 <= depth; k += 4, b += 4 * kPanel) {
     ahead.fetch();
@@ -109,15 +142,14 @@ RF_INLINE void multiply(const float* const (&rows)[Height], int64_t depth, const
 template <int Height, int Packs, class A, class Out>
 void tile(const A& a, const Chunk& chunk, int64_t row, const float* b, int64_t column, float* sums,
           Ahead ahead, const Out& out) {
-  Pack<float> acc[Height][Packs];
+  if (chunk.ends) {
 #pragma GCC unroll 6
-  for (int i = 0; i < Height; ++i) {
+    for (int i = 0; i < Height; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < Packs; ++j) {
-      if (chunk.ends) out.fetch(row + i, column + j * kLanes);
-      acc[i][j] = broadcast(0.0f);
+      for (int j = 0; j < Packs; ++j) out.fetch(row + i, column + j * kLanes);
     }
   }
+  Sums<Height, Packs> acc;
   typename A::template Walk<Height> walk(a, row, chunk.first);
   for (int64_t run = chunk.first; run < chunk.last; ++run) {
     const float* rows[Height];
@@ -127,21 +159,16 @@ void tile(const A& a, const Chunk& chunk, int64_t row, const float* b, int64_t c
     multiply(rows, chunk.depth, b, acc, ahead);
     b += chunk.depth * kPanel;
   }
-  if (!chunk.begins) {
-#pragma GCC unroll 6
-    for (int i = 0; i < Height; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < Packs; ++j) acc[i][j] = acc[i][j] + load(sums + i * kPanel + j * kLanes);
-    }
-  }
 #pragma GCC unroll 6
   for (int i = 0; i < Height; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < Packs; ++j) {
+      float* before = sums + i * kPanel + j * kLanes;
+      const Pack<float> sum = chunk.begins ? acc.pack(i, j) : acc.pack(i, j) + load(before);
       if (chunk.ends) {
-        out(row + i, column + j * kLanes, acc[i][j]);
+        out(row + i, column + j * kLanes, sum);
       } else {
-        store(sums + i * kPanel + j * kLanes, acc[i][j]);
+        store(before, sum);
       }
     }
   }

@@ -87,8 +87,10 @@ void transform_outputs(const ConvParams& p, const Tiling& tiling, const Block& b
 
 // Bytes that the transformed tiles of a block may take: of a core's second cache where each thread
 // has its own block; of the last one where they share the block.
-constexpr int64_t kOwnFloats = 224 * 1024, kSharedFloats = 2048 * 1024;
+constexpr int64_t kOwnFloats = 224 * 1024, kSharedFloats = 3072 * 1024;
 constexpr int64_t kFewTiles = 56;
+// Weights that no thread can keep to itself: each block reads them from the last cache or memory.
+constexpr int64_t kManyWeights = 2048 * 1024;
 
 template <class T>
 void winograd(const ConvParams& p, const Parallel& parallel) {
@@ -97,7 +99,8 @@ void winograd(const ConvParams& p, const Parallel& parallel) {
   const int64_t in_c = padded_row(p.in_c), per_tile = kPoints * (in_c + p.out_c);
   // Every product of a block reads all weights: a block has tiles enough to make that cheap.
   const int64_t own = maximum(kOwnFloats / per_tile, kFewTiles);
-  const bool shared = tiling.count < parallel.threads * own;
+  const bool shared =
+      tiling.count < parallel.threads * own || kPoints * p.in_c * p.out_c > kManyWeights;
   const int64_t at_most = shared ? maximum(kSharedFloats / per_tile, kFewTiles) : own;
   int64_t blocks = ceil_div(tiling.count, at_most);
   if (!shared) blocks = ceil_div(blocks, parallel.threads) * parallel.threads;

@@ -11,25 +11,6 @@
 namespace resnet_fast::cpu::RF_ISA {
 namespace {
 
-// acc += A^T B over `depth` rows of a and b, Height columns of a and Packs packs of b's.
-template <int Height, int Packs>
-RF_INLINE void multiply_outer(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                              int64_t depth, Pack<float> (&acc)[Height][Packs]) {
-  for (int64_t k = 0; k < depth; ++k) {
-    Pack<float> columns[Packs];
-#pragma GCC unroll 4
-    for (int j = 0; j < Packs; ++j) columns[j] = load(b + j * kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < Height; ++i) {
-      const Pack<float> value = broadcast(a[i]);
-#pragma GCC unroll 4
-      for (int j = 0; j < Packs; ++j) acc[i][j] = fma(value, columns[j], acc[i][j]);
-    }
-    a += a_stride;
-    b += b_stride;
-  }
-}
-
 // One product of a point: out (rows, columns) = or += a^T b.
 struct Outer {
   const float *a, *b;
@@ -41,22 +22,18 @@ struct Outer {
 
 template <int Height, int Packs>
 void outer_tile(const Outer& o, int64_t row, int64_t column) {
-  Pack<float> acc[Height][Packs];
+  Sums<Height, Packs> acc;
+  const float *a = o.a + row, *b = o.b + column;
+  for (int64_t k = 0; k < o.depth; ++k, a += o.a_stride, b += o.b_stride) {
+    acc.add_products(b, [&](int i) RF_LAMBDA { return a[i]; });
+  }
   float* out = o.out + row * o.out_stride + column;
 #pragma GCC unroll 6
   for (int i = 0; i < Height; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < Packs; ++j) {
-      acc[i][j] = broadcast(0.0f);
-    }
-  }
-  multiply_outer(o.a + row, o.a_stride, o.b + column, o.b_stride, o.depth, acc);
-#pragma GCC unroll 6
-  for (int i = 0; i < Height; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < Packs; ++j) {
       float* to = out + i * o.out_stride + j * kLanes;
-      store(to, o.add ? load(to) + acc[i][j] : acc[i][j]);
+      store(to, o.add ? load(to) + acc.pack(i, j) : acc.pack(i, j));
     }
   }
 }

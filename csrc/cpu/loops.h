@@ -80,7 +80,7 @@ class Kept {
   static constexpr bool kWatched = false;
 #endif
   static constexpr int kBlocks = 4;
-  static constexpr int64_t kMost = 12 << 20;
+  static constexpr int64_t kMost = 14 << 20;
   struct Block {
     void* p = nullptr;
     int64_t bytes = 0;

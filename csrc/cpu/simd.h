@@ -29,6 +29,7 @@
 #endif
 
 #define RF_INLINE inline __attribute__((always_inline))
+#define RF_LAMBDA __attribute__((always_inline))
 
 namespace resnet_fast::cpu::RF_ISA {
 
@@ -114,6 +115,18 @@ RF_INLINE Pack<A> fma(const Pack<A>& a, const Pack<A>& b, const Pack<A>& c) {
     }
   }
   return r;
+#else
+  return a * b + c;
+#endif
+}
+
+// The same of single vectors of floats.
+RF_INLINE Pack<float>::Vector fma_vector(Pack<float>::Vector a, Pack<float>::Vector b,
+                                         Pack<float>::Vector c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
 #endif

@@ -89,7 +89,9 @@ def run_inference(job: Job, emit: Emit, progress: Progress) -> None:
             found = _prepared(rivals, images, base(images), dtype, say)
             limits = {"budget": 1.0, "min_rounds": 2} if job.quick else {"budget": 30.0}
             calls = {rival: call for rival, (call, _) in found.items()}
-            timings = measure(calls, max_rounds=60, **limits)
+            # One picture after the other: a call right after a rival's would pay for that one's
+            # spinning threads. For a batch that is little.
+            timings = measure(calls, max_rounds=60, settle=int(batch == 1), **limits)
         common = {"name": name, "shape": list(images.shape), "dtype": dtype, "source": source}
         common["mode"] = "eval"
         for rival in calls:

@@ -80,12 +80,13 @@ void multiply_all(const A& a, const ConvParams& p, const Parallel& parallel) {
   const int64_t threads = minimum(parallel.threads, maximum(macs >> 18, 1));
   const Split split = split_of(rows.size(), panels.size(), a.runs * a.depth, threads);
   const int64_t parts = split.rows * split.panels;
+  const bool far = rows.size() * p.out_c > kFarFloats;
   parallel_for(parallel, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const Range across = panels.part(part / split.rows, split.panels);
       gemm(a, rows.part(part % split.rows, split.rows), p.weight, across, p.out_c,
            p.weight + across.last * kPanel * a.runs * a.depth, next_weights(p, part, parts),
-           PixelsOut{epilogue, p.out_c});
+           PixelsOut{epilogue, p.out_c, far});
     }
   });
 }

@@ -17,6 +17,8 @@ constexpr int kPanel = 64;
 // Values of a row, and of a panel's column, at once: with the rows of a block they stay in the
 // second cache.
 constexpr int64_t kChunk = 512, kBlockFloats = 48 * 1024;
+// Outputs from which their lines are fetched before they are written.
+constexpr int64_t kFarFloats = 512 * 1024;
 
 // Rows and packs of a tile: its accumulators fill the registers but for those of B and a broadcast.
 #if defined(__AVX512F__)
@@ -142,7 +144,7 @@ RF_INLINE void multiply(const float* const (&rows)[Height], int64_t depth, const
 template <int Height, int Packs, class A, class Out>
 void tile(const A& a, const Chunk& chunk, int64_t row, const float* b, int64_t column, float* sums,
           Ahead ahead, const Out& out) {
-  if (chunk.ends) {
+  if (chunk.ends && out.far) {
 #pragma GCC unroll 6
     for (int i = 0; i < Height; ++i) {
 #pragma GCC unroll 4
@@ -158,6 +160,14 @@ void tile(const A& a, const Chunk& chunk, int64_t row, const float* b, int64_t c
     for (int i = 0; i < Height; ++i) rows[i] += chunk.from;
     multiply(rows, chunk.depth, b, acc, ahead);
     b += chunk.depth * kPanel;
+  }
+  if (chunk.begins && chunk.ends) {
+#pragma GCC unroll 6
+    for (int i = 0; i < Height; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Packs; ++j) out(row + i, column + j * kLanes, acc.pack(i, j));
+    }
+    return;
   }
 #pragma GCC unroll 6
   for (int i = 0; i < Height; ++i) {
@@ -235,10 +245,10 @@ void multiply_panel(const A& a, const Chunk& chunk, Range rows, const float* b, 
   }
 }
 
-// Rows of A times panels of B, of `columns` columns in all, a multiple of 16: out.fetch(row,
-// column) before a tile's row is computed, so that its lines are there when out(row, column, pack)
-// takes every 16 columns of it. end: of the weights that lie behind these and are wanted next;
-// then: what is after that.
+// Rows of A times panels of B, of `columns` columns in all, a multiple of 16: if out.far,
+// out.fetch(row, column) before a tile is computed, so that its lines are there when
+// out(row, column, pack) takes every 16 columns of a row. end: of the weights that lie behind these
+// and are wanted next; then: what is after that.
 template <class A, class Out>
 void gemm(const A& a, Range rows, const float* b, Range panels, int64_t columns, const float* end,
           const Ahead& then, const Out& out) {
@@ -293,10 +303,11 @@ struct ConvEpilogue {
   }
 };
 
-// Pixels one after the other.
+// Pixels one after the other. far: whether they are more than the second cache holds.
 struct PixelsOut {
   const ConvEpilogue& epilogue;
   int64_t channels;
+  bool far;
 
   RF_INLINE void fetch(int64_t row, int64_t column) const {
     const int64_t offset = row * channels + column;

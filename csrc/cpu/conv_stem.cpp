@@ -45,12 +45,13 @@ class Padded {
   const Scratch<float> memory_;
 };
 
-void compute_line(const ConvParams& p, const Padded& x, int64_t n, int64_t i, float* y) {
+// pool: whether y is a line that stays in the cache.
+void compute_line(const ConvParams& p, const Padded& x, int64_t n, int64_t i, bool pool, float* y) {
   const ConvEpilogue epilogue{p.bias, nullptr, y, p.relu};
   const Rows rows{x.top(p, n, i), p.stride_w * p.in_c, p.kernel_w * p.in_c, p.kernel_h, x.width};
   const int64_t panels = ceil_div(p.out_c, kPanel);
   gemm(rows, {0, p.out_w}, p.weight, {0, panels}, p.out_c, nullptr, {},
-       PixelsOut{epilogue, p.out_c});
+       PixelsOut{epilogue, p.out_c, !pool});
 }
 
 // The larger, NaN where either is.
@@ -93,7 +94,7 @@ void pooled(const ConvParams& p, const Padded& x, int64_t begin, int64_t end) {
       float* const slot = memory.get() + (i + 3) % 3 * line_size;
       const bool inside = i >= 0 && i < p.out_h;
       if (inside && number > computed) {
-        compute_line(p, x, n, i, slot);
+        compute_line(p, x, n, i, true, slot);
         computed = number;
       }
       lines[k] = inside ? slot : nullptr;
@@ -113,7 +114,7 @@ void conv_stem(const ConvParams& p, bool max_pool, const Parallel& parallel) {
   }
   parallel_for(parallel, p.n * p.out_h, 1, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
-      compute_line(p, x, line / p.out_h, line % p.out_h, p.y + line * p.out_w * p.out_c);
+      compute_line(p, x, line / p.out_h, line % p.out_h, false, p.y + line * p.out_w * p.out_c);
     }
   });
 }

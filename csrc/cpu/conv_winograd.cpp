@@ -15,6 +15,7 @@ namespace {
 struct ProductOut {
   float* products;
   int64_t channels;
+  static constexpr bool far = true;
 
   RF_INLINE void fetch(int64_t row, int64_t column) const {
     __builtin_prefetch(products + row * channels + column, 1);

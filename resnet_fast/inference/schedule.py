@@ -16,7 +16,7 @@ from resnet_fast.inference.memory import (
     Layout,
     Place,
     aligned,
-    keeps_nothing,
+    is_private,
     layout,
     shape_of,
 )
@@ -79,7 +79,7 @@ def _boundary(segment: Segment, sizes: Mapping[Any, int], offset: int) -> Place 
     value = segment.nodes[-1]
     tensor = value.meta.get("val")
     fits = isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.dtype is torch.float32
-    if not fits or not all(map(keeps_nothing, value.users)):
+    if not fits or not is_private(value):
         return None
     return Place(offset, shape_of(value, sizes))
 

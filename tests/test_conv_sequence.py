@@ -49,15 +49,13 @@ class Given:
 
 def place(at: int, shape: tuple[int, ...], where: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     memory, x, y = where
-    n, c, h, w = shape
+    _, c, h, w = shape
     if at < 0:
         return x if at == IN_X else y
     return memory.as_strided(shape, (h * w * c, 1, w * c, c), at)
 
 
-def single(
-    step: Step, where: tuple[Tensor, Tensor, Tensor], weight: Tensor, bias: Tensor
-) -> None:
+def single(step: Step, where: tuple[Tensor, Tensor, Tensor], weight: Tensor, bias: Tensor) -> None:
     """A step by the operator that returns a new tensor."""
     kernel, stride, padding, dilation = step.geometry
     x = place(step.source, tuple(step.sizes), where)
@@ -87,7 +85,9 @@ def make(batch: int = 2, stem: int = POOLED_STEM, size: int = 37) -> Given:
     wide, narrow = (batch, 64, height, width), (batch, 80, *small)
     floats, after = 64 * batch * height * width, 80 * batch * small[0] * small[1]
     second, third = floats + 16, 2 * floats + 48
-    found = Given(torch.full((third + 3 * after,), NAN), rows(batch, 3, size, size + 4), rows(*narrow))
+    found = Given(
+        torch.full((third + 3 * after,), NAN), rows(batch, 3, size, size + 4), rows(*narrow)
+    )
     found.y.fill_(NAN)
     chain = [
         stem_step,
@@ -143,7 +143,9 @@ def same(ours: tuple[Any, ...], right: tuple[Tensor, ...]) -> None:
 
 # ---- values --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", CASES)
-def test_the_bits_of_the_single_operators(two_threads: None, instruction_set: str, name: str) -> None:
+def test_the_bits_of_the_single_operators(
+    two_threads: None, instruction_set: str, name: str
+) -> None:
     """Of all kinds, in memory, in x and in y; by one thread and by two."""
     given = CASES[name]()
     right = given.one_by_one()
@@ -167,7 +169,11 @@ def test_what_is_left_out_is_not_written() -> None:
     OPS.conv_sequence(*ours)
     second, third = given.steps[1].target, given.steps[4].target
     used = 80 * ours[2][:, 0].numel()
-    for gap in (ours[0][second - 16 : second], ours[0][third - 32 : third], ours[0][third + used :]):
+    for gap in (
+        ours[0][second - 16 : second],
+        ours[0][third - 32 : third],
+        ours[0][third + used :],
+    ):
         assert gap.numel() > 0
         assert torch.equal(gap, torch.full_like(gap, 7.0))
 

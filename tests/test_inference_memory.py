@@ -321,9 +321,9 @@ def test_a_value_that_a_hook_sees_is_not_kept(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_last_level_in_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A net whose last map is large: also the pieces that remain have their places."""
+    """Where the last values are several, or large: the pieces that remain have places as well."""
     monkeypatch.setattr(batches, "PIECE_BYTES", 1 << 19)
-    model = net("a conv's own")
+    model = net("a residual")
     fast: Any = rf.optimize_for_inference(model, X)
     for batch in range(1, 18):
         agrees(fast, model, image(batch, 3, 32, 32))
@@ -426,7 +426,7 @@ def fast_in_pieces(
 
 def test_threads_have_blocks_of_their_own() -> None:
     """As many as calls that run at once, met in a hook; later calls make no more."""
-    model = resnet()
+    model = lively(rf.models.resnet20()).eval()
     barrier = threading.Barrier(3, timeout=60)
     meet = [True]
 
@@ -460,7 +460,7 @@ def test_threads_have_blocks_of_their_own() -> None:
 
 def test_a_call_within_a_call() -> None:
     """A hook that calls the module again has other memory."""
-    model = resnet()
+    model = lively(rf.models.resnet20()).eval()
     inner: list[Tensor] = []
     depth = [1]  # none of the calls so far
 
@@ -479,7 +479,7 @@ def test_a_call_within_a_call() -> None:
 
 
 def test_a_call_that_raises_gives_its_block_back() -> None:
-    model = resnet()
+    model = lively(rf.models.resnet20()).eval()
     fail = [False]
 
     def hook(m: Any, args: Any, y: Tensor) -> None:

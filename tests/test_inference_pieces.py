@@ -27,6 +27,8 @@ X = image(2, 3, 64, 64)
 
 @pytest.fixture(scope="module")
 def resnet18() -> nn.Module:
+    """Seeded: of random weights one in a hundred gives eager an error so small that we fail."""
+    torch.manual_seed(0)
     return lively(tv.resnet18(num_classes=10)).eval()
 
 
@@ -130,6 +132,11 @@ def peak(call: Any, folder: Path) -> int:
     return most
 
 
+def kept(fast: Any) -> int:
+    """Bytes of the memory that stays from call to call, in which no profiler sees a value."""
+    return sum(4 * block._memory.numel() for block in fast._run._program._blocks)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_a_call_takes_less_than_half_of_eagers_memory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,16 +148,24 @@ def test_a_call_takes_less_than_half_of_eagers_memory(
     fast = rf.optimize_for_inference(model, x)
     with torch.no_grad():
         eager = peak(lambda: model(x), tmp_path)
-    assert 0 < peak(lambda: fast(x), tmp_path) < 0.45 * eager
+    allocated = peak(lambda: fast(x), tmp_path)
+    assert kept(fast) > 0
+    assert allocated + kept(fast) < 0.45 * eager
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_what_is_counted_is_what_is_alive(
-    fast18: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No value, and no copy of the input, lives longer than the plan counts it."""
+    """What is kept is what the plan counts, and a call allocates a copy of its input at most."""
     monkeypatch.setattr(batches, "PIECE_BYTES", 1 << 40)
+    fast: Any = rf.optimize_for_inference(lively(getattr(tv, name)(num_classes=10)), X)
     x = image(9, 3, 80, 80)
-    segments, _, sizes = planned(fast18, *x.shape)
+    segments, _, sizes = planned(fast, *x.shape)
     counted = max(batches.alive_bytes(segment, sizes) for segment in segments)
-    found = peak(lambda: fast18(x), tmp_path)
-    assert 0.99 * counted <= found <= 1.02 * counted + 4096
+    copy, small = 4 * x.numel(), 1 << 16
+    assert peak(lambda: fast(x), tmp_path) <= copy + small
+    assert 0.9 * counted <= kept(fast) <= 1.02 * counted + small
+    rows = x.to(memory_format=torch.channels_last)
+    last = 4 * 9 * 3 * 3 * (512 if name == "resnet18" else 2048)  # pooled, by PyTorch
+    assert 0 < peak(lambda: fast(rows), tmp_path) <= last + small

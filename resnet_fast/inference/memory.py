@@ -90,6 +90,22 @@ def keeps_nothing(user: fx.Node) -> bool:
     return user.op == "call_function" and user.target is not hook_call and fresh(user)
 
 
+def is_private(value: fx.Node) -> bool:
+    """Whether nobody else can hold a value's memory, in which sums may come to lie in place."""
+    while all(map(keeps_nothing, value.users)):
+        sums = [user for user in value.users if _adds_onto(user, value)]
+        if not sums:
+            return True
+        (value,) = sums
+    return False
+
+
+def _adds_onto(user: fx.Node, value: fx.Node) -> bool:
+    if user.target is not fused_conv or user.args[1] is not value:
+        return False
+    return bool(user.args[2].inplace)  # type: ignore[union-attr]
+
+
 def shape_of(node: fx.Node, sizes: Mapping[Any, int]) -> tuple[int, ...]:
     """Of a node that is a tensor."""
     shape = sizes_of(node, sizes)

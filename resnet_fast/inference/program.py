@@ -137,7 +137,7 @@ class Program:
             found = [Level(batch, 0, len(self._functions))]
         else:
             found = levels(self._segments, sizes, batch)
-        return Schedule(found, self._segments, self._convs, sizes, self._batch)
+        return Schedule(found, self._segments, self._convs, sizes, self._batch, batch)
 
     def run(self, inputs: Sequence[Tensor], schedule: Schedule, ready: Ready) -> list[Any]:
         """What the program gives for a batch.

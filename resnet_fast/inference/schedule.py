@@ -16,7 +16,7 @@ from resnet_fast.inference.memory import (
     Layout,
     Place,
     aligned,
-    keeps_nothing,
+    is_private,
     layout,
     shape_of,
 )
@@ -29,7 +29,7 @@ class Schedule:
     In front of a Block lies what each level but the last gives, whole pieces of the level after it;
     behind that what the levels hold meanwhile, all in the same place. segments: all of the
     program's. convs: those that write where they are told. sizes: of the trace's symbols. batch:
-    the symbol of the batch, None where it runs in one piece.
+    the symbol of the batch, None where it runs in one piece; samples: how large it is.
     """
 
     def __init__(
@@ -39,13 +39,14 @@ class Schedule:
         convs: Mapping[fx.Node, Writes],
         sizes: Mapping[Any, int],
         batch: Any,
+        samples: int,
     ) -> None:
         self.levels = list(levels)
         self.convs = len(convs)
         self.layouts: dict[tuple[int, int], Layout] = {}
         self.boundaries: list[Place | None] = [None] * len(self.levels)
         numbers = {node: number for number, node in enumerate(convs)}
-        front, most, above = 0, 0, {levels[-1].piece}
+        front, most, above = 0, 0, {samples}
         for at, level in reversed([*enumerate(levels)]):
             inside = segments[level.first : level.last]
             if at + 1 < len(levels):
@@ -79,7 +80,7 @@ def _boundary(segment: Segment, sizes: Mapping[Any, int], offset: int) -> Place 
     value = segment.nodes[-1]
     tensor = value.meta.get("val")
     fits = isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.dtype is torch.float32
-    if not fits or not all(map(keeps_nothing, value.users)):
+    if not fits or not is_private(value):
         return None
     return Place(offset, shape_of(value, sizes))
 

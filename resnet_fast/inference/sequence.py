@@ -103,6 +103,8 @@ def compile_recipe(found: Recipe, memory: Tensor) -> Function:
 
     def sequence(values: list[Any], room: Sequence[Tensor | None]) -> list[Any]:
         x = values.pop()
+        if not x.is_contiguous(memory_format=torch.channels_last):  # rows left out, say
+            x = x.contiguous(memory_format=torch.channels_last)
         y = x
         if uses_y:
             y = None if slot is None else room[slot]

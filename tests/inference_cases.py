@@ -43,6 +43,16 @@ class Net(nn.Module):
         return self.call(self, x)
 
 
+def seeded(make: Callable[[], Any]) -> Any:
+    """What make() makes, with the same weights in every run.
+
+    With about one set in a hundred a small net's largest error comes to more than twice eager's.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
 def image(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

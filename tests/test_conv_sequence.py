@@ -297,6 +297,8 @@ WRONG_STEPS: list[tuple[dict[str, Any], str]] = [
     ({"sizes": (2, 96, 6, 7)}, "weight must be packed"),
     ({"sizes": (2, 72, 6, 7)}, "multiple of 16 channels"),
     ({"sizes": (10**6, 80, 6, 7)}, "does not fit"),
+    ({"target": 2**63 - 1}, "does not fit"),
+    ({"sizes": (2**56, 80, 6, 7)}, "too large"),
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import shims
 import torch
-from inference_cases import agrees, image, lively
+from inference_cases import agrees, image, lively, seeded
 from torch import Tensor, nn
 
 import resnet_fast as rf
@@ -27,9 +27,7 @@ X = image(2, 3, 64, 64)
 
 @pytest.fixture(scope="module")
 def resnet18() -> nn.Module:
-    """Seeded: of random weights one in a hundred gives eager an error so small that we fail."""
-    torch.manual_seed(0)
-    return lively(tv.resnet18(num_classes=10)).eval()
+    return lively(seeded(lambda: tv.resnet18(num_classes=10))).eval()
 
 
 @pytest.fixture(scope="module")

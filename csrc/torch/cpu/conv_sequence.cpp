@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Convolutions one after the other, each reading what another wrote, as one operator: a call of a
 // small one costs more than many of them take.
+#include <initializer_list>
+
 #include "conv.h"
 
 namespace resnet_fast {
@@ -39,6 +41,7 @@ class Sequence {
             bias.is_contiguous() && bias.numel() > 0 && bias.numel() % 16 == 0,
         "weights and biases must be float32, of a multiple of 16 channels; got ", shape_text(bias));
     STD_TORCH_CHECK(s.n >= 0 && s.in_c > 0 && s.in_h > 0 && s.in_w > 0, "sizes must be positive");
+    floats({s.n, s.in_c, s.in_h, s.in_w});
     cpu::ConvParams p{};
     p.n = s.n, p.in_c = s.in_c, p.in_h = s.in_h, p.in_w = s.in_w;
     set_sliding(p, {pair(s.kernel), pair(s.stride), pair(s.padding), pair(s.dilation)});
@@ -47,8 +50,8 @@ class Sequence {
     const bool tiles = s.kind == 2 || s.kind == 4;
     check_packed(weight, p, tiles ? (s.kind + 2) * (s.kind + 2) : p.kernel_h * p.kernel_w);
     const cpu::ConvParams out = pooled_sizes(p, s.kind == kPooledStem);
-    p.x = place(s.from, p.n * p.in_c * p.in_h * p.in_w);
-    p.y = place(s.to, p.n * p.out_c * out.out_h * out.out_w);
+    p.x = place(s.from, floats({p.n, p.in_c, p.in_h, p.in_w}));
+    p.y = place(s.to, floats({p.n, p.out_c, out.out_h, out.out_w}));
     p.residual = s.add ? p.y : nullptr;
     p.weight = static_cast<const float*>(weight.const_data_ptr());
     p.bias = static_cast<const float*>(bias.const_data_ptr());
@@ -57,6 +60,14 @@ class Sequence {
 
  private:
   static Pair pair(const int64_t (&numbers)[2]) { return {numbers[0], numbers[1]}; }
+
+  static int64_t floats(std::initializer_list<int64_t> sizes) {
+    int64_t all = 1;
+    for (int64_t size : sizes) {
+      STD_TORCH_CHECK(!__builtin_mul_overflow(all, size, &all), "sizes are too large");
+    }
+    return all;
+  }
 
   static void check_kind(const Step& s, const cpu::ConvParams& p) {
     const bool stem = s.kind == kStem || s.kind == kPooledStem;
@@ -73,8 +84,8 @@ class Sequence {
   float* place(int64_t at, int64_t numel) const {
     const Tensor& in = at == kX ? x_ : at == kY ? y_ : memory_;
     const int64_t first = at < 0 ? 0 : at;
-    STD_TORCH_CHECK(at >= kY && first + numel <= in.numel(), "a value of ", numel,
-                    " floats does not fit at ", at);
+    const bool fits = at >= kY && first <= in.numel() && numel <= in.numel() - first;
+    STD_TORCH_CHECK(fits, "a value of ", numel, " floats does not fit at ", at);
     return static_cast<float*>(const_cast<void*>(in.const_data_ptr())) + first;
   }
 

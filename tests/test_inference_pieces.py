@@ -130,11 +130,6 @@ def peak(call: Any, folder: Path) -> int:
     return most
 
 
-def kept(fast: Any) -> int:
-    """Bytes of the memory that stays from call to call, in which no profiler sees a value."""
-    return sum(4 * block._memory.numel() for block in fast._run._program._blocks)
-
-
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_a_call_takes_less_than_half_of_eagers_memory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -147,8 +142,8 @@ def test_a_call_takes_less_than_half_of_eagers_memory(
     with torch.no_grad():
         eager = peak(lambda: model(x), tmp_path)
     allocated = peak(lambda: fast(x), tmp_path)
-    assert kept(fast) > 0
-    assert allocated + kept(fast) < 0.45 * eager
+    assert fast.kept_bytes > 0
+    assert allocated + fast.kept_bytes < 0.45 * eager
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -163,7 +158,7 @@ def test_what_is_counted_is_what_is_alive(
     counted = max(batches.alive_bytes(segment, sizes) for segment in segments)
     copy, small = 4 * x.numel(), 1 << 16
     assert peak(lambda: fast(x), tmp_path) <= copy + small
-    assert 0.9 * counted <= kept(fast) <= 1.02 * counted + small
+    assert 0.9 * counted <= fast.kept_bytes <= 1.02 * counted + small
     rows = x.to(memory_format=torch.channels_last)
     last = 4 * 9 * 3 * 3 * (512 if name == "resnet18" else 2048)  # pooled, by PyTorch
     assert 0 < peak(lambda: fast(rows), tmp_path) <= last + small

@@ -51,6 +51,11 @@ class Call:
         else:
             self._graphs = GraphCache(self._program, self._ready, recorder)
 
+    @property
+    def kept_bytes(self) -> int:
+        """See OptimizedModule.kept_bytes."""
+        return self._program.kept_bytes
+
     def reasons(self) -> list[str]:
         """Why graphs were asked for and do not run."""
         graphs = [] if self._graphs is None else self._graphs.reasons()

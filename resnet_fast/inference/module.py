@@ -84,6 +84,11 @@ class OptimizedModule(nn.Module):
         """What was measured and chosen, to print and save; None on the CPU, which counts."""
         return self._kernels.plan
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of memory that calls left to the next ones, beside the weights."""
+        return self._run.kept_bytes if isinstance(self._run, Call) else 0
+
     def explain(self) -> Table:
         """What runs for each layer, and why where it is not the fast way.
 

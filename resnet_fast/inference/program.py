@@ -131,6 +131,11 @@ class Program:
             values = function(values, [None] * len(self._convs))
         return values
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of the blocks that no call is using now."""
+        return sum(block.bytes for block in [*self._blocks])
+
     def schedule(self, sizes: Mapping[Any, int], batch: int) -> Schedule:
         """How a batch runs. sizes: of the trace's symbols."""
         if self._batch is None:

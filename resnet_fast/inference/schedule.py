@@ -150,6 +150,10 @@ class Block:
         self._memory = torch.empty(0)
         self._rooms: dict[Schedule, Rooms] = {}
 
+    @property
+    def bytes(self) -> int:
+        return self._memory.nbytes
+
     def rooms(self, schedule: Schedule, functions: Sequence[Function]) -> Rooms:
         """functions: of all segments."""
         found = self._rooms.get(schedule)

@@ -18,6 +18,7 @@ from resnet_fast._conv_sequence import IN_X, IN_Y, Step
 from resnet_fast.inference.batches import Segment, sizes_of
 from resnet_fast.inference.fold import Writes
 from resnet_fast.inference.fuse import fused_conv
+from resnet_fast.inference.memory import Place
 
 Function = Callable[[list[Any], Sequence[Tensor | None]], list[Any]]
 
@@ -95,10 +96,7 @@ def compile_recipe(found: Recipe, memory: Tensor) -> Function:
     steps = [number for step in found.steps for number in step.numbers()]
     weights, biases, slot = found.weights, found.biases, found.slot
     n, c, h, w = found.shape
-    strides = (h * w * c, 1, w * c, c)
-    inside = None
-    if found.result >= 0:
-        inside = memory.as_strided(found.shape, strides, found.result)
+    inside = Place(found.result, found.shape).view(memory) if found.result >= 0 else None
     uses_y = any(step.target == IN_Y for step in found.steps)
 
     def sequence(values: list[Any], room: Sequence[Tensor | None]) -> list[Any]:

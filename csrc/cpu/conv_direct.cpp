@@ -57,9 +57,9 @@ struct Split {
   int64_t rows, panels;
 };
 
-// Work of the largest part and, against that, what all parts read; one float of either kind.
+// The one of which the largest part has the least to multiply and all parts the least to read.
 Split split_of(int64_t rows, int64_t panels, int64_t depth, int64_t threads) {
-  constexpr int64_t kProducts = 96;  // of a tile's row with a panel's, in the time of a float's way
+  constexpr int64_t kProducts = 96;  // floats read in the time of a tile's step; a first guess
   Split best{1, 1};
   int64_t least = INT64_MAX;
   for (int64_t across = 1; across <= minimum(threads, panels); ++across) {

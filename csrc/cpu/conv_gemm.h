@@ -78,7 +78,7 @@ struct Chunk {
 };
 
 // The sums of a tile. Vectors of their own, not Packs: the compiler keeps structures of several
-// vectors in memory, where the product would take three times as long.
+// vectors in memory, where the product takes two to three times as long.
 template <int Height, int Packs>
 class Sums {
  public:

@@ -46,31 +46,25 @@ class Schedule:
         self.layouts: dict[tuple[int, int], Layout] = {}
         self.boundaries: list[Place | None] = [None] * len(self.levels)
         numbers = {node: number for number, node in enumerate(convs)}
+
+        def of_size(size: int) -> Mapping[Any, int]:
+            return sizes if batch is None else {**sizes, batch: size}
+
         front, most, above = 0, 0, {samples}
         for at, level in reversed([*enumerate(levels)]):
             inside = segments[level.first : level.last]
             if at + 1 < len(levels):
-                place = _boundary(inside[-1], {**sizes, batch: max(above)}, front)
+                place = _boundary(inside[-1], of_size(max(above)), front)
                 if place is not None:
                     self.boundaries[at] = place
                     front += aligned(place.shape)
             above = {size for n in above for size in split(n, level.piece)}
             for size in above:
-                here = sizes if batch is None else {**sizes, batch: size}
-                self.layouts[at, size] = layout(inside, numbers, here)
+                self.layouts[at, size] = layout(inside, numbers, of_size(size))
                 most = max(most, self.layouts[at, size].floats)
         self.behind, self.floats = front, front + most
         self.calls = {
-            (at, size): [
-                *_calls(
-                    segments,
-                    levels[at],
-                    convs,
-                    found,
-                    front,
-                    sizes if batch is None else {**sizes, batch: size},
-                )
-            ]
+            (at, size): [*_calls(segments, levels[at], convs, found, front, of_size(size))]
             for (at, size), found in self.layouts.items()
         }
 
